@@ -1,0 +1,1 @@
+"""What is fitted on text: thresholds, static masks, the split between DIP's two masks."""

@@ -1,0 +1,1 @@
+"""How masks are decided: one file a paper. Methods know no model and no store."""

@@ -1,0 +1,93 @@
+"""DIP: Dynamic Input Pruning (https://arxiv.org/abs/2412.01380).
+
+Two per-token top-k masks in each MLP and no predictor: the largest ``|x|`` decide which columns of
+``gate`` and ``up`` are read, then the largest magnitudes of the intermediate activation *computed
+from the pruned input* decide which columns of ``down`` are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from dipnet.errors import InputError
+from dipnet.methods.base import TopK
+from dipnet.units import ModelSpec, Site, check_density
+
+# The split that fits best on held-out text, by activation, when nothing was fitted on one's own
+# model. Measured on the two demo models: docs/results.md, "How DIP's split was fitted".
+RELU_SPLIT = 2.3
+SMOOTH_SPLIT = 1.3
+
+
+@dataclass(frozen=True)
+class DIP(TopK):
+    """Prunes the MLP's input channels, then its neurons.
+
+    ``density`` is the share of the MLP's weights that is read. How it is divided between the two
+    masks is a curve with one parameter: ``hidden_density = density ** split``, and the input
+    density is what remains of the budget; ``split`` 1 prunes both alike, a larger one spends more
+    on the input. ``dipnet.fit_split`` finds it for a model. Instead of ``density``, both
+    ``input_density`` and ``hidden_density`` can be given. ``attention_density`` prunes the inputs
+    of the attention projections by the same rule; without it, attention stays dense.
+    """
+
+    name: ClassVar[str] = "dip"
+    density: float | None = None
+    input_density: float | None = field(default=None, kw_only=True)
+    hidden_density: float | None = field(default=None, kw_only=True)
+    split: float | None = field(default=None, kw_only=True)
+    attention_density: float | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name in ("density", "input_density", "hidden_density", "attention_density"):
+            if getattr(self, name) is not None:
+                check_density(getattr(self, name), name)
+        both = (self.input_density, self.hidden_density)
+        if (self.density is None) == (None in both) or (both.count(None) == 1):
+            raise InputError(
+                f"{self.name} takes either density, or input_density and hidden_density together"
+            )
+        if self.split is not None and (self.density is None or not self.split > 0):
+            raise InputError(f"split must be above 0 and goes with density, got {self.split!r}")
+
+    def densities(self, spec: ModelSpec) -> tuple[float, float]:
+        """The input mask's and the hidden mask's density on a model of shape ``spec``."""
+        if self.density is None:
+            assert self.input_density is not None
+            assert self.hidden_density is not None
+            return self.input_density, self.hidden_density
+        split = self.split or (RELU_SPLIT if spec.activation == "relu" else SMOOTH_SPLIT)
+        return split_density(self.density, split, len(spec.input_matrices))
+
+    def sites(self, spec: ModelSpec) -> tuple[Site, ...]:
+        return tuple(self._sites(spec))
+
+    def _sites(self, spec: ModelSpec) -> Iterator[Site]:
+        input_density, hidden_density = self.densities(spec)
+        for layer in range(spec.layers):
+            if self.attention_density is not None:
+                yield spec.input_site(layer, "attn.in", self.attention_density, "q", "k", "v")
+                yield spec.input_site(layer, "attn.out", self.attention_density, "o")
+            yield spec.input_site(layer, "mlp.in", input_density, *spec.input_matrices)
+            yield spec.neuron_site(layer, hidden_density, "hidden")
+
+
+def split_density(density: float, split: float, input_matrices: int) -> tuple[float, float]:
+    """Divide the MLP's density between the input mask and the hidden mask.
+
+    The matrices are of equal size, so ``(input_matrices * input + hidden) / (input_matrices + 1)``
+    is the density. Where the curve would ask for more than every input channel, the rest of the
+    budget goes back to the neurons. Raises InputError when nothing would be left for the input.
+    """
+    budget = density * (input_matrices + 1)
+    hidden = density**split
+    inputs = (budget - hidden) / input_matrices
+    if inputs > 1:
+        inputs, hidden = 1.0, budget - input_matrices
+    if inputs <= 0:
+        raise InputError(
+            f"split {split:g} leaves nothing for the input mask at density {density:g}; raise it"
+        )
+    return inputs, hidden

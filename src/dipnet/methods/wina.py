@@ -1,0 +1,45 @@
+"""WINA: weight-informed neuron activation (https://arxiv.org/abs/2505.19427, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from dipnet.methods.base import SiteKey, Weights, magnitude
+from dipnet.methods.dip import DIP
+from dipnet.units import ModelSpec, Site
+
+
+@dataclass(frozen=True)
+class WINA(DIP):
+    """DIP's two masks with the score ``|x_i| * ||W[:, i]||``.
+
+    The norm is over the columns of all matrices that share the input: a channel that its weights
+    amplify is kept at a smaller magnitude. The norms are read for every token and are counted.
+    """
+
+    name: ClassVar[str] = "wina"
+    norms: Mapping[SiteKey, Tensor] = field(default_factory=dict, kw_only=True, repr=False)
+
+    def prepare(self, weights: Weights, spec: ModelSpec) -> Self:
+        norms = {(site.layer, site.name): column_norms(weights, site) for site in self.sites(spec)}
+        return replace(self, norms=norms)
+
+    def score(self, site: Site, x: Tensor) -> Tensor:
+        return magnitude(x) * self.norms[site.layer, site.name]
+
+    def added_weights(self, spec: ModelSpec) -> int:
+        return sum(site.units for site in self.sites(spec))
+
+
+def column_norms(weights: Weights, site: Site) -> Tensor:
+    """(units,) L2 norms of the columns that a unit multiplies, over all matrices of the site."""
+    squares = [
+        weights.matrix(site.layer, operand.matrix).detach().float().square().sum(dim=0)
+        for operand in site.operands
+    ]
+    return torch.stack(squares).sum(dim=0).sqrt()

@@ -1,0 +1,211 @@
+"""Attach a method's masks to a loaded Hugging Face model, and take them off again.
+
+Every mask acts on the *input* of the linear layers that it thins, by hooks: a dropped input
+channel is zero, and a dropped neuron is a zero in the input of ``down``, which makes its rows of
+``gate`` and ``up`` irrelevant too. So the model's own code runs, whatever its family fuses, and
+the result is what a program computes that never reads the dropped weights. This is the reference
+that faster backends are tested against.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dipnet.errors import InputError
+from dipnet.methods.base import Method
+from dipnet.models.families import Decoder
+from dipnet.models.tokens import Prefill, TokenState
+from dipnet.models.usage import Usage
+from dipnet.units import Site
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+_ATTACHED = "_dipnet_attachment"
+
+
+def sparsify(model: Model, method: Method, *, prefill: Prefill = "sparse") -> Model:
+    """Make a loaded causal LM decode with ``method``; returns the same model.
+
+    ``with sparsify(model, method):`` restores the model on leaving; ``restore(model)`` does the
+    same at any time, exactly: the weights are never written. ``prefill`` says how a prompt is
+    processed: "sparse" like every other token, "dense", or the number of leading positions of
+    each sequence that stay dense. "dense" takes as prompt what the first forward call of a
+    sequence holds (with an empty key/value cache).
+
+    Raises InputError when the family is unknown, the method cannot work on it or lacks its
+    calibration, or the model is sparsified already; the model is then unchanged.
+    """
+    if hasattr(model, _ATTACHED):
+        attached = getattr(model, _ATTACHED).method.name
+        raise InputError(f"the model runs {attached} already: call dipnet.restore(model) first")
+    attachment = Attachment(model, method, prefill)
+    attachment.attach()
+    return model
+
+
+def restore(model: PreTrainedModel) -> None:
+    """Undo ``sparsify`` exactly; a model that is not sparsified is left as it is."""
+    if hasattr(model, _ATTACHED):
+        getattr(model, _ATTACHED).detach()
+
+
+def usage(model: PreTrainedModel) -> Usage:
+    """The counts of a sparsified model; InputError when it is not sparsified."""
+    if not hasattr(model, _ATTACHED):
+        raise InputError("the model is not sparsified: call dipnet.sparsify(model, method) first")
+    return cast(Usage, getattr(model, _ATTACHED).usage)
+
+
+class Attachment:
+    """One method on one model: what was changed, and how to undo it.
+
+    ``layers`` limits it to some decoder layers; the others stay dense.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: Method,
+        prefill: Prefill = "sparse",
+        layers: Collection[int] | None = None,
+    ) -> None:
+        self.model = model
+        self.decoder = Decoder(model)
+        method.check(self.decoder.spec)
+        self.method = method.prepare(self.decoder, self.decoder.spec)
+        self.layers = range(self.decoder.spec.layers) if layers is None else layers
+        self.tokens = TokenState(prefill)
+        self.usage = Usage(self.method, self.decoder.spec)
+        self._signature = inspect.signature(type(model).forward)
+        self._undo: list[Callable[[], None]] = []
+
+    def attach(self) -> None:
+        """Hook every site and swap in statically pruned weights; all or nothing."""
+        try:
+            self._enter_context_class()
+            self._hook(self.model, self._begin_call)
+            for site in self.usage.sites.values():
+                if site.layer in self.layers:
+                    self._attach_site(site)
+            for layer in self.layers:
+                self._swap_weights(layer)
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Undo everything, last change first."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _enter_context_class(self) -> None:
+        """Let the model itself be a context manager: a subclass of its class, under its name."""
+        original = type(self.model)
+        methods = {"__enter__": lambda model: model, "__exit__": lambda model, *_: restore(model)}
+        sparse = type(
+            original.__name__,
+            (original,),
+            {**methods, "__doc__": original.__doc__, "__module__": original.__module__},
+        )
+        self.model.__class__ = sparse
+        setattr(self.model, _ATTACHED, self)
+
+        def leave() -> None:
+            self.model.__class__ = original
+            delattr(self.model, _ATTACHED)
+
+        self._undo.append(leave)
+
+    def _hook(self, module: nn.Module, change: Callable[..., Any]) -> None:
+        handle = module.register_forward_pre_hook(change, with_kwargs=True)
+        self._undo.append(handle.remove)
+
+    def _begin_call(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = self._signature.bind_partial(self.model, *args, **kwargs).arguments
+        inputs = given.get("input_ids")
+        inputs = given["inputs_embeds"] if inputs is None else inputs
+        self.tokens.begin(inputs, given.get("attention_mask"), given.get("past_key_values"))
+        self.usage.count_tokens(self.tokens.sparse_tokens(inputs))
+
+    def _attach_site(self, site: Site) -> None:
+        family = self.decoder.family
+        place = {
+            "attn.in": family.attention,
+            "attn.out": family.path("o"),
+            "mlp.in": family.mlp,
+            "mlp.hidden": family.path("down"),
+            "mlp.neuron": family.path("down"),
+        }[site.name]
+        mask = SiteMask(site, self.method, self.tokens, self.usage)
+        if site.scored_on == "gate":
+            self._watch(self.decoder.module(site.layer, family.activation), mask)
+        elif site.scored_on == "up":
+            self._watch(self.decoder.holder(site.layer, "up"), mask, self.decoder.rows("up"))
+        self._hook(self.decoder.module(site.layer, place), mask)
+
+    def _watch(self, module: nn.Module, mask: SiteMask, part: slice | None = None) -> None:
+        """Score the site on what ``module`` puts out (the channels in ``part``)."""
+
+        def see(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            mask.scored = output if part is None else output[..., part]
+
+        self._undo.append(module.register_forward_hook(see).remove)
+
+    def _swap_weights(self, layer: int) -> None:
+        for path, held in self.decoder.family.modules.items():
+            masks = [self.method.weight_mask(layer, matrix) for matrix in held]
+            if any(mask is not None for mask in masks):
+                self._swap_weight(self.decoder.module(layer, path), held, masks)
+
+    def _swap_weight(self, module: Any, held: tuple[str, ...], masks: list) -> None:
+        """Replace a parameter by a pruned copy; the original stays as it is, kept aside."""
+        original = module.weight
+        pruned = original.detach().clone()
+        for matrix, mask in zip(held, masks, strict=True):
+            if mask is not None:
+                pruned[self.decoder.rows(matrix)] *= mask
+        module.weight = nn.Parameter(pruned, requires_grad=original.requires_grad)
+        self._undo.append(lambda: setattr(module, "weight", original))
+
+
+class SiteMask:
+    """The hook of one site: (..., n) input -> the same with dropped units set to zero.
+
+    Multiplied rather than filled, so that a NaN among dropped units still shows.
+    """
+
+    def __init__(self, site: Site, method: Method, tokens: TokenState, usage: Usage) -> None:
+        self.site = site
+        self.method = method
+        self.tokens = tokens
+        self.usage = usage
+        self.scored: Tensor | None = None
+
+    def __call__(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        """Torch's forward pre-hook: the module's arguments with the input pruned."""
+        if self.tokens.all_dense:
+            return None
+        if args:
+            return (self.prune(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self.prune(kwargs["hidden_states"])}
+
+    def prune(self, x: Tensor) -> Tensor:
+        """(..., n) -> (..., n): decide the mask, count it, apply it."""
+        scored = x if self.site.scored_on in ("input", "hidden") else self.scored
+        self.scored = None
+        assert scored is not None, "the scored activation is computed before its site"
+        mask = self.method.select(self.site, self.method.score(self.site, scored))
+        self.usage.count_units(self.site, mask, self._per_token(self.tokens.counted, mask))
+        dense = self._per_token(self.tokens.dense, mask)
+        if dense is not None:
+            mask = mask | dense.unsqueeze(-1)
+        return x * mask
+
+    @staticmethod
+    def _per_token(flags: Tensor | None, mask: Tensor) -> Tensor | None:
+        """(batch, tokens) flags in the leading shape of ``mask``: OPT flattens the two."""
+        return None if flags is None else flags.reshape(mask.shape[:-1])

@@ -1,0 +1,75 @@
+"""Which tokens of the running forward call are pruned: those after the prompt, and no padding.
+
+Knows positions and padding; knows no method.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dipnet.errors import InputError
+
+Prefill = Literal["dense", "sparse"] | int
+"""How a prompt is processed: pruned like every token ("sparse"), dense ("dense": what the first
+forward call of a sequence holds), or the first so many positions of every sequence dense."""
+
+
+def check_prefill(prefill: Prefill) -> Prefill:
+    """Return a valid ``prefill``; else raise InputError."""
+    number = isinstance(prefill, int) and not isinstance(prefill, bool) and prefill >= 0
+    if prefill in ("dense", "sparse") or number:
+        return prefill
+    raise InputError(f"prefill is 'dense', 'sparse' or a number of tokens, not {prefill!r}")
+
+
+class TokenState:
+    """The tokens of the forward call that is running; every site of the model reads it.
+
+    ``dense`` is a (batch, tokens) bool of prompt tokens that stay dense, or None when there are
+    none; ``counted`` the (batch, tokens) bool of tokens whose units are counted, or None for all.
+    ``all_dense`` says that no token of the call is pruned.
+    """
+
+    def __init__(self, prefill: Prefill) -> None:
+        self.prefill = check_prefill(prefill)
+        self.prompt = prefill if isinstance(prefill, int) else 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Between calls: every token is pruned and counted."""
+        self.dense: Tensor | None = None
+        self.counted: Tensor | None = None
+        self.all_dense = False
+
+    def begin(self, inputs: Tensor, padding: Tensor | None, cache: Any) -> None:
+        """Start a forward call over ``inputs`` (batch, tokens, ...).
+
+        ``padding`` is Hugging Face's attention mask; only its two-dimensional form says which
+        tokens are padding. ``cache`` is the key/value cache or None.
+        """
+        self.clear()
+        batch, tokens = inputs.shape[:2]
+        if padding is not None and padding.dim() == 2:
+            self.counted = padding[:, -tokens:].bool()
+        if self.prefill == "sparse":
+            return
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        if past == 0 and self.prefill == "dense":
+            self.prompt = tokens
+        dense = max(0, min(tokens, self.prompt - past))
+        self.all_dense = dense == tokens
+        if dense:
+            self._keep_dense(torch.arange(tokens, device=inputs.device).expand(batch, -1) < dense)
+
+    def _keep_dense(self, dense: Tensor) -> None:
+        self.dense = dense
+        self.counted = ~dense if self.counted is None else self.counted & ~dense
+
+    def sparse_tokens(self, inputs: Tensor) -> Tensor | int:
+        """What to count as sparse tokens of this call: a bool mask, or their number."""
+        if self.counted is None:
+            return inputs.shape[0] * inputs.shape[1]
+        return self.counted

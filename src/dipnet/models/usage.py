@@ -1,0 +1,96 @@
+"""What was touched: exact counts of units and weights, by site, layer and model.
+
+Counts stay on the model's device until they are read, so that counting never waits for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dipnet.methods.base import Method, SiteKey
+from dipnet.units import ATTENTION_MATRICES, ModelSpec, Site
+
+
+@dataclass(frozen=True)
+class Density:
+    """Shares of weights read for a token, averaged over the sparse tokens seen so far.
+
+    ``mlp`` and ``attention`` are shares of those matrices' weights; ``total`` is the share of
+    everything that the dense model reads for a token, and includes ``added``: what the method
+    itself reads, over the same denominator. ``mlp_by_layer`` has one entry for each layer;
+    ``sites`` maps ``layer.site`` to the share of units kept.
+    """
+
+    tokens: int
+    mlp: float
+    attention: float
+    total: float
+    added: float
+    mlp_by_layer: tuple[float, ...]
+    sites: dict[str, float]
+
+
+class Usage:
+    """Counts kept units for one method on one model; tokens processed dense are left out."""
+
+    def __init__(self, method: Method, spec: ModelSpec) -> None:
+        self.method = method
+        self.spec = spec
+        self.sites = {(site.layer, site.name): site for site in method.sites(spec)}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all counts."""
+        self._tokens: Tensor | int = 0
+        self._kept: dict[SiteKey, Tensor | int] = dict.fromkeys(self.sites, 0)
+
+    def count_tokens(self, tokens: Tensor | int) -> None:
+        """Count sparse tokens of one forward call: a number, or a bool mask of them."""
+        counted = tokens if isinstance(tokens, int) else tokens.sum()
+        self._tokens = self._tokens + counted
+
+    def count_units(self, site: Site, mask: Tensor, tokens: Tensor | None) -> None:
+        """Count the kept units of a (..., n) mask over all tokens, or those in (...) ``tokens``."""
+        counted = mask if tokens is None else mask & tokens.unsqueeze(-1)
+        key = (site.layer, site.name)
+        self._kept[key] = self._kept[key] + counted.sum()
+
+    def density(self) -> Density:
+        """The shares so far; with no sparse token yet, those of the dense model."""
+        tokens = int(self._tokens)
+        kept = {key: self._mean_kept(key, tokens) for key in self.sites}
+        mlp = [self._read(layer, "mlp", kept) for layer in range(self.spec.layers)]
+        attention = [self._read(layer, "attn", kept) for layer in range(self.spec.layers)]
+        added = self.method.added_weights(self.spec)
+        all_read = sum(mlp) + sum(attention) + self.spec.other_weights + added
+        return Density(
+            tokens=tokens,
+            mlp=sum(mlp) / (self.spec.layers * self.spec.mlp_weights),
+            attention=sum(attention) / (self.spec.layers * self.spec.attention_weights),
+            total=all_read / self.spec.weights_per_token,
+            added=added / self.spec.weights_per_token,
+            mlp_by_layer=tuple(read / self.spec.mlp_weights for read in mlp),
+            sites={
+                f"{layer}.{name}": kept[layer, name] / site.units
+                for (layer, name), site in self.sites.items()
+            },
+        )
+
+    def _mean_kept(self, key: SiteKey, tokens: int) -> float:
+        return int(self._kept[key]) / tokens if tokens else float(self.sites[key].units)
+
+    def _read(self, layer: int, part: str, kept: dict[SiteKey, float]) -> float:
+        """Weights of a layer's MLP (``mlp``) or attention (``attn``) read for a token."""
+        spec = self.spec
+        names = spec.mlp_matrices if part == "mlp" else ATTENTION_MATRICES
+        read = sum(self._dense_or_static(layer, name) for name in names)
+        for (site_layer, name), site in self.sites.items():
+            if site_layer == layer and name.startswith(part):
+                read -= (site.units - kept[site_layer, name]) * site.weights_per_unit
+        return read
+
+    def _dense_or_static(self, layer: int, matrix: str) -> float:
+        mask = self.method.weight_mask(layer, matrix)
+        return self.spec.weights(matrix) if mask is None else int(mask.sum())
