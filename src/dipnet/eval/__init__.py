@@ -1,0 +1,1 @@
+"""Measuring a model on text: perplexity, the texts, reports and plots. Fits nothing."""
