@@ -40,6 +40,7 @@ def fit_split(
     tokens: Tensor,
     *,
     window: int = 512,
+    batch_size: int = 1,
     progress: Callable[[float, float], object] | None = None,
 ) -> tuple[AnyDIP, SplitFit]:
     """The method with its best split on (n,) ``tokens``, and what was measured.
@@ -52,7 +53,9 @@ def fit_split(
     measured: dict[float, float] = {}
     for candidate in _candidates(method, describe(model)):
         with sparsify(model, candidate) as attached:
-            result = perplexity(attached, tokens, window=window).perplexity
+            result = perplexity(
+                attached, tokens, window=window, batch_size=batch_size
+            ).perplexity
         assert candidate.split is not None
         measured[candidate.split] = result
         if progress:

@@ -8,6 +8,7 @@ cards state both figures).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import safe_open
@@ -26,11 +27,13 @@ def is_compact(path: Path) -> bool:
 def read_compact(path: Path) -> dict[str, Tensor]:
     """The float32 state dict of a compact checkpoint."""
     with safe_open(path, framework="pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    scales = {name: stored.pop(name) for name in list(stored) if name.endswith(".scale")}
-    return {
-        name: tensor.float() * scales[f"{name}.scale"]
-        if f"{name}.scale" in scales
-        else tensor.float()
-        for name, tensor in stored.items()
-    }
+        return dequantize({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+
+def dequantize(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The float32 weights of the tensors of a compact checkpoint."""
+    weights = {name: tensor.float() for name, tensor in stored.items()}
+    scales = {name: weights.pop(name) for name in stored if name.endswith(".scale")}
+    for name, scale in scales.items():
+        weights[name.removesuffix(".scale")] *= scale
+    return weights

@@ -1,0 +1,1 @@
+"""Scripts that train the two demo models bundled with dipnet."""
