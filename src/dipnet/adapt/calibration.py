@@ -14,7 +14,7 @@ from dipnet.adapt.blocks import WalkedBlock, walk_blocks
 from dipnet.adapt.histogram import ScoreHistogram
 from dipnet.errors import InputError
 from dipnet.methods.base import Method, SiteKey
-from dipnet.models.attach import Attachment
+from dipnet.models.attach import Attachment, check_dense
 from dipnet.models.families import Decoder
 from dipnet.units import ModelSpec, Site
 
@@ -28,9 +28,12 @@ def calibrate(
 
     ``tokens`` is a (n,) or (1, n) integer tensor; it is cut into windows of ``window`` tokens. A
     method that has nothing to fit comes back unchanged. Raises InputError when the text is too
-    short or the model is sparsified.
+    short, the method cannot work on the model, or the model is sparsified.
     """
-    return method.calibrated(TextCalibration(model, tokens, window))
+    check_dense(model)
+    calibration = TextCalibration(model, tokens, window)
+    method.check_model(calibration.spec)
+    return method.calibrated(calibration)
 
 
 class TextCalibration:

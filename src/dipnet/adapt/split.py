@@ -53,9 +53,7 @@ def fit_split(
     measured: dict[float, float] = {}
     for candidate in _candidates(method, describe(model)):
         with sparsify(model, candidate) as attached:
-            result = perplexity(
-                attached, tokens, window=window, batch_size=batch_size
-            ).perplexity
+            result = perplexity(attached, tokens, window=window, batch_size=batch_size).perplexity
         assert candidate.split is not None
         measured[candidate.split] = result
         if progress:

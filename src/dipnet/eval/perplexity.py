@@ -71,10 +71,7 @@ def perplexity(
     not finite.
     """
     stride = window if stride is None else stride
-    _check(window, stride, prompt)
-    body = window - (bos is not None)
-    first_scored = max(prompt, int(bos is None))
-    plan = list(_plan(len(tokens), body, min(stride, body), first_scored))
+    plan = _plan(len(tokens), window, stride, prompt, bos is not None)
     if not plan:
         raise InputError(
             f"the text has {len(tokens)} tokens, too few to score any: give a longer text"
@@ -94,26 +91,46 @@ def perplexity(
     return Perplexity(total / scored, scored, len(plan), window, stride, prompt, bos is not None)
 
 
-def _check(window: int, stride: int, prompt: int) -> None:
+def count_windows(
+    length: int, *, window: int, stride: int, prompt: int = 0, bos: bool = False
+) -> int:
+    """How many windows `perplexity` makes of a text of ``length`` tokens."""
+    return len(_plan(length, window, stride, prompt, bos))
+
+
+def leading_tokens(windows: int, *, window: int, stride: int, bos: bool = False) -> int:
+    """How many tokens the first ``windows`` windows of a text hold together."""
+    body = window - bos
+    return body + (windows - 1) * min(stride, body)
+
+
+def _plan(length: int, window: int, stride: int, prompt: int, bos: bool) -> list[_Window]:
+    """The windows of a text, the last one shorter; those with nothing to score are left out."""
+    body = window - bos
+    _check(body, stride, window, prompt)
+    first_scored = max(prompt, int(not bos))
+    plan, done = [], 0
+    for first in range(0, length, min(stride, body)):
+        end = min(first + body, length)
+        scored = max(done, first + first_scored)
+        if scored < end:
+            plan.append(_Window(first, scored, end))
+        done = end
+        if end == length:
+            break
+    return plan
+
+
+def _check(body: int, stride: int, window: int, prompt: int) -> None:
     if window < 2:
         raise InputError(f"a window needs at least 2 tokens, got {window}")
     if not 0 < stride <= window:
         raise InputError(f"stride must be between 1 and the window of {window}, got {stride}")
-    if not 0 <= prompt < window:
-        raise InputError(f"prompt must be between 0 and the window of {window}, got {prompt}")
-
-
-def _plan(length: int, window: int, stride: int, first_scored: int) -> Iterator[_Window]:
-    """The windows of a text, the last one shorter; those with nothing to score are left out."""
-    done = 0
-    for first in range(0, length, stride):
-        end = min(first + window, length)
-        scored = max(done, first + first_scored)
-        if scored < end:
-            yield _Window(first, scored, end)
-        done = end
-        if end == length:
-            return
+    if not 0 <= prompt < body:
+        raise InputError(
+            f"the dense prompt must leave a token of the window to score: 0 to {body - 1}, "
+            f"got {prompt}"
+        )
 
 
 def _batches(plan: list[_Window], batch_size: int) -> Iterator[list[_Window]]:

@@ -107,6 +107,10 @@ class Method(ABC):
         """Whether ``calibrated`` must come before use."""
         return False
 
+    def calibrated_for(self, spec: ModelSpec) -> bool:
+        """Whether what was fitted belongs to a model of shape ``spec``."""
+        return True
+
     def added_weights(self, spec: ModelSpec) -> int:
         """Numbers that the method itself reads for a token: norms, thresholds, predictors."""
         return 0
@@ -115,20 +119,29 @@ class Method(ABC):
         """(outputs, inputs) bool for a matrix that is pruned once and for all; else None."""
         return None
 
-    def check(self, spec: ModelSpec) -> None:
-        """Raise InputError when this method cannot be used on a model of shape ``spec``."""
+    def check_model(self, spec: ModelSpec) -> None:
+        """Raise InputError when this method can never work on a model of shape ``spec``."""
         if self.needs_gate and not spec.gated:
             usable = (name for name in METHODS if not method_class(name).needs_gate)
             raise InputError(
                 f"{self.name} needs a gated MLP, and models of the family {spec.family} have none; "
                 f"methods that work there: {', '.join(usable)}"
             )
+        self.sites(spec)
+
+    def check(self, spec: ModelSpec) -> None:
+        """Raise InputError when this method cannot be used as it is on a model of that shape."""
+        self.check_model(spec)
         if self.needs_calibration:
             raise InputError(
                 f"{self.name} has to be calibrated on text first: in Python with "
                 f"dipnet.calibrate(model, method, tokens), on the command line with --calibration"
             )
-        self.sites(spec)
+        if not self.calibrated_for(spec):
+            raise InputError(
+                f"this {self.name} was calibrated on a model of another shape: "
+                f"calibrate it on this one"
+            )
 
 
 @dataclass(frozen=True)
@@ -148,6 +161,9 @@ class Threshold(Method):
     @property
     def needs_calibration(self) -> bool:
         return self.thresholds is None
+
+    def calibrated_for(self, spec: ModelSpec) -> bool:
+        return set(self.thresholds or ()) == {(site.layer, site.name) for site in self.sites(spec)}
 
     def select(self, site: Site, scores: Tensor) -> Tensor:
         assert self.thresholds is not None, "check() comes first"

@@ -7,6 +7,7 @@ from the pruned input* decide which columns of ``down`` are read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -49,8 +50,15 @@ class DIP(TopK):
             raise InputError(
                 f"{self.name} takes either density, or input_density and hidden_density together"
             )
-        if self.split is not None and (self.density is None or not self.split > 0):
-            raise InputError(f"split must be above 0 and goes with density, got {self.split!r}")
+        if self.split is not None:
+            self._check_split(self.split)
+
+    def _check_split(self, split: float) -> None:
+        number = isinstance(split, int | float) and not isinstance(split, bool)
+        if not number or not 0 < split < math.inf:
+            raise InputError(f"split must be a number above 0, got {split!r}")
+        if self.density is None:
+            raise InputError("split goes with density, not with input_density and hidden_density")
 
     def densities(self, spec: ModelSpec) -> tuple[float, float]:
         """The input mask's and the hidden mask's density on a model of shape ``spec``."""

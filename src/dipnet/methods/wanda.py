@@ -48,6 +48,14 @@ class Wanda(Method):
     def needs_calibration(self) -> bool:
         return not self.masks
 
+    def calibrated_for(self, spec: ModelSpec) -> bool:
+        shapes = {
+            (layer, matrix): spec.matrices[matrix]
+            for layer in range(spec.layers)
+            for matrix in spec.mlp_matrices
+        }
+        return shapes == {key: tuple(mask.shape) for key, mask in self.masks.items()}
+
     def sites(self, spec: ModelSpec) -> tuple[Site, ...]:
         return ()
 

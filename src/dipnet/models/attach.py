@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
@@ -39,12 +40,17 @@ def sparsify(model: Model, method: Method, *, prefill: Prefill = "sparse") -> Mo
     Raises InputError when the family is unknown, the method cannot work on it or lacks its
     calibration, or the model is sparsified already; the model is then unchanged.
     """
-    if hasattr(model, _ATTACHED):
-        attached = getattr(model, _ATTACHED).method.name
-        raise InputError(f"the model runs {attached} already: call dipnet.restore(model) first")
+    check_dense(model)
     attachment = Attachment(model, method, prefill)
     attachment.attach()
     return model
+
+
+def check_dense(model: PreTrainedModel) -> None:
+    """Raise InputError when the model is sparsified."""
+    if hasattr(model, _ATTACHED):
+        attached = getattr(model, _ATTACHED).method.name
+        raise InputError(f"the model runs {attached} already: call dipnet.restore(model) first")
 
 
 def restore(model: PreTrainedModel) -> None:
@@ -63,6 +69,8 @@ def usage(model: PreTrainedModel) -> Usage:
 class Attachment:
     """One method on one model: what was changed, and how to undo it.
 
+    Whatever is hooked or kept for undoing is a method or a partial, never a closure: a deep copy of
+    the model then has an attachment of its own.
     ``layers`` limits it to some decoder layers; the others stay dense.
     """
 
@@ -75,7 +83,10 @@ class Attachment:
     ) -> None:
         self.model = model
         self.decoder = Decoder(model)
-        method.check(self.decoder.spec)
+        if layers is None:
+            method.check(self.decoder.spec)
+        else:  # a trial on some layers while the method is being calibrated
+            method.check_model(self.decoder.spec)
         self.method = method.prepare(self.decoder, self.decoder.spec)
         self.layers = range(self.decoder.spec.layers) if layers is None else layers
         self.tokens = TokenState(prefill)
@@ -88,6 +99,8 @@ class Attachment:
         try:
             self._enter_context_class()
             self._hook(self.model, self._begin_call)
+            end = self.model.register_forward_hook(self._end_call, always_call=True)
+            self._undo.append(end.remove)
             for site in self.usage.sites.values():
                 if site.layer in self.layers:
                     self._attach_site(site)
@@ -113,12 +126,11 @@ class Attachment:
         )
         self.model.__class__ = sparse
         setattr(self.model, _ATTACHED, self)
+        self._undo.append(partial(self._leave_context_class, original))
 
-        def leave() -> None:
-            self.model.__class__ = original
-            delattr(self.model, _ATTACHED)
-
-        self._undo.append(leave)
+    def _leave_context_class(self, original: type) -> None:
+        self.model.__class__ = original
+        delattr(self.model, _ATTACHED)
 
     def _hook(self, module: nn.Module, change: Callable[..., Any]) -> None:
         handle = module.register_forward_pre_hook(change, with_kwargs=True)
@@ -130,6 +142,9 @@ class Attachment:
         inputs = given["inputs_embeds"] if inputs is None else inputs
         self.tokens.begin(inputs, given.get("attention_mask"), given.get("past_key_values"))
         self.usage.count_tokens(self.tokens.sparse_tokens(inputs))
+
+    def _end_call(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        self.tokens.clear()
 
     def _attach_site(self, site: Site) -> None:
         family = self.decoder.family
@@ -149,11 +164,8 @@ class Attachment:
 
     def _watch(self, module: nn.Module, mask: SiteMask, part: slice | None = None) -> None:
         """Score the site on what ``module`` puts out (the channels in ``part``)."""
-
-        def see(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            mask.scored = output if part is None else output[..., part]
-
-        self._undo.append(module.register_forward_hook(see).remove)
+        handle = module.register_forward_hook(partial(mask.see, part))
+        self._undo.append(handle.remove)
 
     def _swap_weights(self, layer: int) -> None:
         for path, held in self.decoder.family.modules.items():
@@ -169,7 +181,7 @@ class Attachment:
             if mask is not None:
                 pruned[self.decoder.rows(matrix)] *= mask
         module.weight = nn.Parameter(pruned, requires_grad=original.requires_grad)
-        self._undo.append(lambda: setattr(module, "weight", original))
+        self._undo.append(partial(setattr, module, "weight", original))
 
 
 class SiteMask:
@@ -193,13 +205,18 @@ class SiteMask:
             return (self.prune(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self.prune(kwargs["hidden_states"])}
 
+    def see(self, part: slice | None, _module: nn.Module, _args: Any, output: Tensor) -> None:
+        """Torch's forward hook: keep the activation that the score reads."""
+        self.scored = output if part is None else output[..., part]
+
     def prune(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., n): decide the mask, count it, apply it."""
         scored = x if self.site.scored_on in ("input", "hidden") else self.scored
         self.scored = None
         assert scored is not None, "the scored activation is computed before its site"
         mask = self.method.select(self.site, self.method.score(self.site, scored))
-        self.usage.count_units(self.site, mask, self._per_token(self.tokens.counted, mask))
+        if self.tokens.running:
+            self.usage.count_units(self.site, mask, self._per_token(self.tokens.counted, mask))
         dense = self._per_token(self.tokens.dense, mask)
         if dense is not None:
             mask = mask | dense.unsqueeze(-1)

@@ -30,7 +30,7 @@ class TokenState:
 
     ``dense`` is a (batch, tokens) bool of prompt tokens that stay dense, or None when there are
     none; ``counted`` the (batch, tokens) bool of tokens whose units are counted, or None for all.
-    ``all_dense`` says that no token of the call is pruned.
+    ``all_dense`` says that no token of the call is pruned; ``running`` that there is a call.
     """
 
     def __init__(self, prefill: Prefill) -> None:
@@ -39,20 +39,22 @@ class TokenState:
         self.clear()
 
     def clear(self) -> None:
-        """Between calls: every token is pruned and counted."""
+        """Between calls of the model: a decoder used by itself is pruned, and not counted."""
+        self.running = False
         self.dense: Tensor | None = None
         self.counted: Tensor | None = None
         self.all_dense = False
 
-    def begin(self, inputs: Tensor, padding: Tensor | None, cache: Any) -> None:
+    def begin(self, inputs: Tensor, padding: Any, cache: Any) -> None:
         """Start a forward call over ``inputs`` (batch, tokens, ...).
 
         ``padding`` is Hugging Face's attention mask; only its two-dimensional form says which
         tokens are padding. ``cache`` is the key/value cache or None.
         """
         self.clear()
+        self.running = True
         batch, tokens = inputs.shape[:2]
-        if padding is not None and padding.dim() == 2:
+        if isinstance(padding, Tensor) and padding.dim() == 2:
             self.counted = padding[:, -tokens:].bool()
         if self.prefill == "sparse":
             return

@@ -1,0 +1,56 @@
+"""Make methods ready for use: calibrate those that need it, fit DIP's split where asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dipnet.adapt.calibration import calibrate
+from dipnet.adapt.split import fit_split
+from dipnet.methods.base import Method
+from dipnet.methods.dip import DIP
+from dipnet.models.families import describe
+
+CALIBRATION_TOKENS = 16384
+"""How much calibration text is enough: about as much as the papers of these methods used."""
+
+
+@dataclass(frozen=True)
+class Fitter:
+    """Makes methods ready for one model: ``fitter(method)`` is the method, fitted.
+
+    ``calibration`` and ``split_text`` are (n,) tokens or None, in windows of ``window``,
+    ``batch_size`` of which are measured at a time. A method
+    that needs a calibration text and gets none is an InputError, and so is a method that cannot
+    work on the model. DIP-like methods that bring a split of their own keep it.
+    """
+
+    model: PreTrainedModel
+    window: int
+    calibration: Tensor | None = None
+    split_text: Tensor | None = None
+    batch_size: int = 1
+
+    def __call__(self, method: Method) -> Method:
+        """The method, ready for ``sparsify``."""
+        spec = describe(self.model)
+        method.check_model(spec)
+        if self.split_text is not None and isinstance(method, DIP) and _wants_split(method):
+            method = self._with_split(method, self.split_text)
+        if method.needs_calibration and self.calibration is not None:
+            method = calibrate(self.model, method, self.calibration, self.window)
+        method.check(spec)
+        return method
+
+    def _with_split(self, method: DIP, text: Tensor) -> DIP:
+        fitted, _ = fit_split(
+            self.model, method, text, window=self.window, batch_size=self.batch_size
+        )
+        return fitted
+
+
+def _wants_split(method: DIP) -> bool:
+    """Whether the method divides one density between two masks, and was not told how."""
+    return method.density is not None and method.split is None

@@ -1,0 +1,213 @@
+"""``dipnet eval``: methods × densities on one text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dipnet.cli.console import json_text, note, print_json
+from dipnet.cli.inputs import (
+    calibration_text,
+    check_window,
+    is_bundled,
+    load,
+    split_text,
+    tokens_of,
+)
+from dipnet.cli.methods import parse_method
+from dipnet.cli.options import Calibration, Densities, Device, Dtype, Json, Model, Seed, Window
+from dipnet.cli.sweeping import measure, needs_calibration, plan_jobs, show
+from dipnet.errors import InputError
+from dipnet.files import check_writable, make_folder, write_file
+from dipnet.units import check_density
+
+if TYPE_CHECKING:
+    from dipnet.eval.report import Report
+    from dipnet.eval.sweep import Setting
+    from dipnet.eval.texts import TokenText
+    from dipnet.models.load import LoadedModel
+
+DENSITIES = (0.8, 0.67, 0.5, 0.4, 0.3)
+JSON_NAME = "eval.json"
+PLOT_NAME = "perplexity.png"
+
+
+class Bos(StrEnum):
+    """Whether each window begins with the BOS token."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the text comes from: a file, a dataset, or neither for the bundled one."""
+
+    file: Path | None
+    dataset: str | None
+    config: str | None
+    split: str
+    column: str
+
+
+def evaluate(
+    model: Model = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text to measure on", show_default=False)
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Or a dataset: hub id or local folder", show_default=False),
+    ] = None,
+    dataset_config: Annotated[
+        str | None, typer.Option(help="Its configuration", show_default=False)
+    ] = None,
+    split: Annotated[str, typer.Option(help="Its split")] = "test",
+    column: Annotated[str, typer.Option(help="Its column")] = "text",
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME or NAME:key=value,...; repeatable; default dip", show_default=False
+        ),
+    ] = None,
+    density: Densities = None,
+    calibration: Calibration = None,
+    fit_split: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Fit how DIP-like methods divide each density on this text first",
+            show_default=False,
+        ),
+    ] = None,
+    window: Window = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens between windows; default: no overlap", show_default=False),
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Measure the first so many", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time")] = 1,
+    bos: Annotated[
+        Bos, typer.Option(help="Begin windows with BOS; auto: as the tokenizer does")
+    ] = Bos.AUTO,
+    dense_prompt: Annotated[
+        int, typer.Option(min=0, help="Leading tokens of a window that stay dense and unscored")
+    ] = 0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the rows as a PNG", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help=f"Save {JSON_NAME} and {PLOT_NAME} there",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Measure perplexity for methods × densities, and for the dense model.
+
+    Example: dipnet eval --method dip --method cats --density 0.5 --density 0.4 --plot p.png
+
+    Example: dipnet eval Qwen/Qwen3-0.6B --text test.txt --method dip --density 0.5 --out results
+    """
+    _check_outputs(plot, out)
+    requests = [parse_method(name) for name in method or ["dip"]]
+    densities = [check_density(value) for value in density or DENSITIES]
+    loaded = load(model, device, dtype)
+    from transformers import set_seed
+
+    from dipnet.eval.report import Report
+
+    setting = _setting(loaded, window, stride, dense_prompt, bos, batch_size)
+    measured = _text(loaded, Source(text, dataset, dataset_config, split, column))
+    used = setting.first(measured.tokens, windows)
+    jobs = plan_jobs(loaded, requests, densities)
+    fitted_on = calibration_text(loaded, calibration) if needs_calibration(jobs) else None
+    split_on = split_text(loaded, fit_split, setting.window) if fit_split else None
+    set_seed(seed)
+    rows = measure(loaded, jobs, used, setting, fitted_on, split_on)
+    report = Report(loaded, measured, setting, setting.count(used), seed, rows, fitted_on, split_on)
+    _deliver(report, json=json, plot=plot, folder=out)
+
+
+def _check_outputs(plot: Path | None, folder: Path | None) -> None:
+    """Test that everything can be written, before hours of work."""
+    if plot and plot.suffix.lower() != ".png":
+        raise InputError(f"--plot draws a PNG: name the file {plot.with_suffix('.png')}")
+    if plot:
+        check_writable(plot)
+    if folder:
+        check_writable(make_folder(folder) / JSON_NAME)
+
+
+def _setting(
+    loaded: LoadedModel,
+    window: int | None,
+    stride: int | None,
+    dense_prompt: int,
+    bos: Bos,
+    batch_size: int,
+) -> Setting:
+    from dipnet.eval.sweep import Setting
+    from dipnet.eval.texts import bos_token
+
+    tokens = check_window(loaded, window)
+    token = bos_token(loaded.tokenizer, bos.value)
+    return Setting(tokens, stride or tokens, dense_prompt, token, batch_size)
+
+
+def _text(loaded: LoadedModel, source: Source) -> TokenText:
+    """The text to measure on, with its tokens."""
+    from dipnet.eval.texts import bundled_text, dataset_text, read_text
+
+    if source.file and source.dataset:
+        raise InputError("give either --text or --dataset, not both")
+    if source.file:
+        text = read_text(source.file)
+    elif source.dataset:
+        text = dataset_text(
+            source.dataset, config=source.config, split=source.split, column=source.column
+        )
+    elif is_bundled(loaded):
+        text = bundled_text("heldout")
+    else:
+        raise InputError(f"what shall {loaded.name!r} be measured on? give --text or --dataset")
+    return tokens_of(loaded, text)
+
+
+def _deliver(report: Report, *, json: bool, plot: Path | None, folder: Path | None) -> None:
+    """Show the report, and write the files that were asked for."""
+    from dipnet.eval.report import as_json
+
+    if json:
+        print_json(as_json(report))
+    else:
+        show(report)
+    files: dict[Path, str | bytes] = {}
+    if plot:
+        files[plot] = _picture(report)
+    if folder:
+        files[folder / JSON_NAME] = json_text(as_json(report))
+        files[folder / PLOT_NAME] = _picture(report)
+    for path, content in files.items():
+        write_file(path, content)
+        note(f"saved {path}")
+
+
+def _picture(report: Report) -> bytes:
+    from dipnet.eval.plot import Panel, draw
+
+    return draw([Panel(f"{report.loaded.name} on {report.text.text.name}", report.rows)])

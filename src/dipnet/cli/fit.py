@@ -1,0 +1,113 @@
+"""``dipnet fit-split``: how a density is best divided between DIP's two masks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dipnet.cli.console import err, out, print_json, titled_table
+from dipnet.cli.inputs import check_window, load, split_text
+from dipnet.cli.methods import MethodRequest, parse_method
+from dipnet.cli.options import Densities, Device, Dtype, Json, Model, Window
+from dipnet.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dipnet.methods.dip import DIP
+    from dipnet.models.load import LoadedModel
+
+SCHEMA = "dipnet.fit-split/1"
+
+
+def fit_split(
+    text: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="Text to fit on; not the one to be measured on"),
+    ],
+    model: Model = None,
+    method: Annotated[str, typer.Option(help="dip or wina, with options")] = "dip",
+    density: Densities = None,
+    window: Window = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Find how DIP-like methods best divide a density between their two masks.
+
+    The result is used as --method dip:split=1.4 in the other commands.
+
+    Example: dipnet fit-split --text valid.txt --density 0.5
+    """
+    methods = [_method(parse_method(method), value) for value in density or [0.5]]
+    loaded = load(model, device, dtype)
+    window = check_window(loaded, window)
+    used = split_text(loaded, text, window)
+    fits = [_fit(loaded, each, used.tokens, window) for each in methods]
+    if json:
+        about = {"schema": SCHEMA, "model": loaded.name, "method": method, "window": window}
+        print_json({**about, "text": used.as_json(), "fits": fits})
+    else:
+        for fit in fits:
+            _show(method, fit)
+
+
+def _method(request: MethodRequest, density: float) -> DIP:
+    """The method to fit; InputError when it has no split."""
+    from dipnet.methods.dip import DIP
+
+    built = request.build(density)
+    if not isinstance(built, DIP):
+        raise InputError(f"{request.label} has no split to fit: use dip or wina")
+    return built
+
+
+def _fit(loaded: LoadedModel, method: DIP, tokens: Tensor, window: int) -> dict[str, Any]:
+    """The best split at the method's density, and all that were tried."""
+    import dipnet
+    from dipnet.adapt.split import CANDIDATES
+    from dipnet.methods.dip import split_density
+    from dipnet.models.families import describe
+
+    assert method.density is not None
+    inputs = len(describe(loaded.model).input_matrices)
+    with err.status(f"density {method.density:g}") as status:
+        fitted = dipnet.fit_split(
+            loaded.model,
+            method,
+            tokens,
+            window=window,
+            progress=lambda split, _: status.update(f"density {method.density:g}, split {split:g}"),
+        )[1]
+    tried = []
+    for split in CANDIDATES:
+        if split in fitted.perplexities:
+            input_density, hidden_density = split_density(method.density, split, inputs)
+            tried.append(
+                {
+                    "split": split,
+                    "input_density": input_density,
+                    "hidden_density": hidden_density,
+                    "perplexity": fitted.perplexities[split],
+                }
+            )
+    return {"density": method.density, "split": fitted.split, "tried": tried}
+
+
+def _show(method: str, fit: dict[str, Any]) -> None:
+    made = titled_table(
+        f"{method} at {fit['density']:g}: split {fit['split']:g} is best",
+        [],
+        ["split", "input density", "hidden density", "perplexity"],
+    )
+    for row in fit["tried"]:
+        made.add_row(
+            f"{row['split']:g}",
+            f"{row['input_density']:.3f}",
+            f"{row['hidden_density']:.3f}",
+            f"{row['perplexity']:.2f}",
+            style="bold" if row["split"] == fit["split"] else None,
+        )
+    out.print(made)

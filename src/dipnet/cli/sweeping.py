@@ -1,0 +1,125 @@
+"""A sweep with a progress bar: what `eval` and `demo` share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dipnet.cli.console import err, out
+from dipnet.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dipnet.cli.methods import MethodRequest
+    from dipnet.eval.report import Report
+    from dipnet.eval.sweep import Job, Row, Setting
+    from dipnet.eval.texts import TokenText
+    from dipnet.models.load import LoadedModel
+
+
+def plan_jobs(
+    loaded: LoadedModel, requests: Iterable[MethodRequest], densities: Sequence[float]
+) -> list[Job]:
+    """The dense model, then every method at every density.
+
+    Raises InputError with the first reason when methods are asked for and none can run.
+    """
+    from dipnet.eval.sweep import DENSE, plan
+    from dipnet.models.families import describe
+
+    spec = describe(loaded.model)
+    jobs = [
+        plan(request.label, density, partial(request.build, density), spec)
+        for request in requests
+        if request.name != "dense"
+        for density in (densities if request.takes_density else (None,))
+    ]
+    _check_any(jobs)
+    return [DENSE, *jobs]
+
+
+def needs_calibration(jobs: Iterable[Job]) -> bool:
+    """Whether a calibration text is needed for any of the jobs."""
+    return any(job.method is not None and job.method.needs_calibration for job in jobs)
+
+
+def measure(
+    loaded: LoadedModel,
+    jobs: Sequence[Job],
+    tokens: Tensor,
+    setting: Setting,
+    calibration: TokenText | None = None,
+    split_text: TokenText | None = None,
+) -> list[Row]:
+    """The rows of the jobs on (n,) tokens, with a progress bar on stderr.
+
+    Raises InputError when a method needs a calibration text and there is none, or when none of the
+    methods that were asked for could be measured.
+    """
+    from dipnet.adapt.ready import Fitter
+    from dipnet.eval.sweep import sweep
+
+    if needs_calibration(jobs) and calibration is None:
+        names = {job.label for job in jobs if job.method and job.method.needs_calibration}
+        raise InputError(
+            f"{', '.join(sorted(names))} must be calibrated on text first: give --calibration FILE"
+        )
+    fitter = Fitter(
+        loaded.model,
+        setting.window,
+        calibration.tokens if calibration else None,
+        split_text.tokens if split_text else None,
+        setting.batch_size,
+    )
+    runnable = sum(job.method is not None for job in jobs)
+    with _progress() as progress:
+        task = progress.add_task("", total=runnable * setting.count(tokens))
+        rows = sweep(
+            loaded.model,
+            jobs,
+            tokens,
+            setting,
+            ready=fitter,
+            started=lambda job: progress.update(task, description=_named(job)),
+            progress=lambda windows: progress.advance(task, windows),
+        )
+        measured = list(rows)
+    _check_any(measured[1:])
+    return measured
+
+
+def show(report: Report) -> None:
+    """Print the table, and why rows are missing."""
+    from dipnet.eval.report import reasons, table
+
+    out.print(report.title, style="bold", markup=False, soft_wrap=True)
+    out.print(table(report))
+    for reason in reasons(report.rows):
+        out.print(f"– {reason}", style="dim", markup=False, soft_wrap=True)
+
+
+def _check_any(found: Sequence[Job | Row]) -> None:
+    """Raise the first reason when there is not one that has none."""
+    if found and all(item.reason for item in found):
+        raise InputError(str(found[0].reason))
+
+
+def _named(job: Job) -> str:
+    return job.label if job.density is None else f"{job.label} at {job.density:g}"
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} windows"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    )

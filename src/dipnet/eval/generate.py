@@ -1,0 +1,197 @@
+"""Generate text with Hugging Face's ``generate()``, streaming it, and measure the time.
+
+Knows no method: whatever is attached to the model runs.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+    set_seed,
+)
+
+from dipnet.errors import InputError
+from dipnet.models.load import LoadedModel
+
+Write = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The text made after a prompt, and the time it took.
+
+    ``prompt_seconds`` end with the first new token; ``decode_seconds`` are those of the others.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    prompt_seconds: float
+    decode_seconds: float
+    ended: bool
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decoded tokens per second, apart from the prompt; None with a single new token."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: the likeliest at ``temperature`` 0, else drawn."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top-p must be in (0, 1], got {self.top_p}: 1 keeps every token")
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of ``generate()``."""
+        drawn = self.temperature > 0
+        return {
+            "do_sample": drawn,
+            "temperature": self.temperature if drawn else 1.0,
+            "top_p": self.top_p if drawn else 1.0,
+            "top_k": 0 if drawn else 50,
+            **({"repetition_penalty": self.repetition_penalty} if self.repetition_penalty else {}),
+        }
+
+
+def encode_prompt(loaded: LoadedModel, prompt: str, *, chat: bool = False) -> Tensor:
+    """The prompt's (1, n) tokens as the tokenizer makes them, in its chat template on request.
+
+    Raises InputError when the prompt is empty, leaves no room in the model's context, or there is
+    no chat template.
+    """
+    if not prompt.strip():
+        raise InputError("the prompt is empty: give some text with --prompt or --prompt-file")
+    if chat and not loaded.tokenizer.chat_template:
+        raise InputError(f"the tokenizer of {loaded.name!r} has no chat template: leave out --chat")
+    if chat:
+        message = [{"role": "user", "content": prompt}]
+        text = str(
+            loaded.tokenizer.apply_chat_template(
+                message, tokenize=False, add_generation_prompt=True
+            )
+        )
+    else:
+        text = prompt
+    encoded = loaded.tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
+    if len(encoded) >= loaded.context:
+        raise InputError(
+            f"the prompt has {len(encoded)} tokens, and the context of {loaded.name!r} is "
+            f"{loaded.context}: shorten the prompt to {loaded.context - 1} tokens or fewer"
+        )
+    return torch.tensor([encoded], device=loaded.model.device)
+
+
+def generate(
+    loaded: LoadedModel,
+    prompt: Tensor,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    write: Write | None = None,
+) -> Generation:
+    """Continue (1, n) ``prompt`` by at most ``max_new_tokens``, or to the end of the context.
+
+    ``write`` gets the text piece by piece as it is made. Raises InputError when the model's logits
+    are not finite.
+    """
+    sampling = sampling or Sampling()
+    room = loaded.context - prompt.shape[1]
+    stream = _Stream(loaded.tokenizer, write)
+    set_seed(sampling.seed)
+    start = time.perf_counter()
+    with torch.no_grad():
+        output = loaded.model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=min(max_new_tokens, room),
+            logits_processor=LogitsProcessorList([_Finite()]),
+            streamer=stream,
+            pad_token_id=_pad_token(loaded),
+            **sampling.options(),
+        )
+    new = output[0, prompt.shape[1] :]
+    return Generation(
+        text=stream.text,
+        prompt_tokens=prompt.shape[1],
+        new_tokens=len(new),
+        prompt_seconds=stream.first - start,
+        decode_seconds=stream.last - stream.first,
+        ended=int(new[-1]) in _end_tokens(loaded),
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory in bytes that was held so far: the GPU's, or this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _Finite(LogitsProcessor):
+    """Stops at logits that say nothing: NaN, infinite, or all of them minus infinity."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not torch.isfinite(scores.max(dim=-1).values).all():
+            raise InputError(
+                f"the model's logits are not finite after token {input_ids.shape[1]}: NaN or "
+                "overflow in its activations; try another dtype (--dtype float32)"
+            )
+        return scores
+
+
+class _Stream(TextStreamer):
+    """Passes text on in whole words, and notes when the first and the last token came."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write = write
+        self.text = ""
+        self.first = self.last = 0.0
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt's tokens, then each new one."""
+        if not self.next_tokens_are_prompt:
+            self.last = time.perf_counter()
+            self.first = self.first or self.last
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Take text that no later token will change."""
+        self.text += text
+        if self.write and text:
+            self.write(text)
+
+
+def _end_tokens(loaded: LoadedModel) -> set[int]:
+    end = loaded.model.generation_config.eos_token_id
+    return set() if end is None else {end} if isinstance(end, int) else set(end)
+
+
+def _pad_token(loaded: LoadedModel) -> int | None:
+    """Some pad token, which a single sequence never uses: `generate` warns without one."""
+    ends = _end_tokens(loaded)
+    pad: int | None = loaded.tokenizer.pad_token_id
+    return pad if pad is not None else min(ends, default=None)

@@ -1,0 +1,140 @@
+"""The picture of an evaluation: perplexity against the share of the MLP's weights read."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from dipnet.eval.sweep import Row
+
+matplotlib.use("Agg")
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; the markers differ too.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#000000")
+MARKERS = "osD^vPX*<>"
+TICKS = (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8)
+BOUNDS = ("glu-oracle",)
+"""Methods that know what no program can know: drawn, but never the best choice."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One model's rows, the dense row first."""
+
+    title: str
+    rows: Sequence[Row]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured row: the share of the MLP's weights read, and the perplexity."""
+
+    label: str
+    density: float
+    perplexity: float
+
+
+def draw(panels: Sequence[Panel]) -> bytes:
+    """A PNG with one panel a model, side by side."""
+    figure = Figure(figsize=(6.4 * len(panels), 4.8), dpi=150, layout="constrained")
+    colors = _colors(row.label for panel in panels for row in panel.rows[1:])
+    for number, panel in enumerate(panels):
+        _draw_panel(figure.add_subplot(1, len(panels), number + 1), panel, colors)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", metadata={"Software": None})
+    return image.getvalue()
+
+
+def pareto(points: Iterable[Point]) -> list[Point]:
+    """The points that no other point beats in both density and perplexity."""
+    best, kept = float("inf"), []
+    for point in sorted(points, key=lambda p: (p.density, p.perplexity)):
+        if point.perplexity < best:
+            best = point.perplexity
+            kept.append(point)
+    return kept
+
+
+def _colors(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """A colour and a marker for each label, in order of appearance."""
+    return {
+        label: (COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)])
+        for i, label in enumerate(dict.fromkeys(labels))
+    }
+
+
+def _points(rows: Iterable[Row]) -> list[Point]:
+    return [
+        Point(row.label, row.measured.density.mlp, row.measured.perplexity.perplexity)
+        for row in rows
+        if row.measured is not None
+    ]
+
+
+def _draw_panel(axes: Axes, panel: Panel, styles: dict[str, tuple[str, str]]) -> None:
+    dense, *points = _points(panel.rows)
+    axes.axhline(dense.perplexity, color="0.35", linestyle=(0, (5, 3)), linewidth=1.2)
+    for label in dict.fromkeys(point.label for point in points):
+        line = sorted((p for p in points if p.label == label), key=lambda p: p.density)
+        _draw_line(axes, line, styles[label], bound=label in BOUNDS)
+    _mark_best(axes, pareto(p for p in points if p.label not in BOUNDS))
+    axes.annotate(
+        f"dense {dense.perplexity:.1f}",
+        (0.01, dense.perplexity),
+        xycoords=("axes fraction", "data"),
+        xytext=(2, -4),
+        textcoords="offset points",
+        va="top",
+        color="0.35",
+        fontsize=9,
+    )
+    axes.set_title(panel.title, fontsize=11)
+    axes.set_xlabel("share of the MLP's weights read")
+    axes.set_ylabel("perplexity (log scale)")
+    _log_ticks(axes)
+    axes.grid(visible=True, color="0.92", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _draw_line(axes: Axes, line: list[Point], style: tuple[str, str], *, bound: bool) -> None:
+    color, marker = style
+    axes.plot(
+        [p.density for p in line],
+        [p.perplexity for p in line],
+        color=color,
+        marker=marker,
+        markersize=5,
+        linewidth=1.6,
+        linestyle=":" if bound else "-",
+        label=f"{line[0].label} (bound)" if bound else line[0].label,
+    )
+
+
+def _mark_best(axes: Axes, best: list[Point]) -> None:
+    axes.scatter(
+        [p.density for p in best],
+        [p.perplexity for p in best],
+        s=130,
+        facecolors="none",
+        edgecolors="0.25",
+        linewidths=1.1,
+        zorder=3,
+        label="no method better in both",
+    )
+
+
+def _log_ticks(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.margins(y=0.08)
+    axes.yaxis.set_major_locator(LogLocator(subs=TICKS, numticks=20))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())

@@ -1,0 +1,63 @@
+"""Write files whole or not at all. Imports nothing of ours but the errors."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from dipnet.errors import InputError
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write ``content`` so that ``path`` holds either all of it or what it held before.
+
+    It goes to a temporary name in the same folder, to the disk, and only then to ``path``. Raises
+    InputError when the folder is missing or the file cannot be written.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        _replace(path, data)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def check_writable(path: Path) -> None:
+    """Raise InputError when ``path`` could not be written: asked before hours of work."""
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder; give a file name")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: the folder {path.parent} does not exist; make it")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write {path}: no permission to write in {path.parent}")
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder and those above it, and return it; InputError when that is impossible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {path}: {error.strerror or error}") from None
+    return path
+
+
+def _replace(path: Path, data: bytes) -> None:
+    number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with open(number, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(_usual_mode())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _usual_mode() -> int:
+    """The permissions of a file that `open` makes: mkstemp's are for its owner only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask

@@ -1,0 +1,243 @@
+"""The methods' half of the test matrix, and the matrix itself: every method on every family.
+
+A new method needs one line in `METHODS`, and a reference of its own if no other's fits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import dipnet
+from dipnet.methods.base import Method
+from tests.families import FAMILIES, random_tokens, shared, tiny
+from tests.reference import Choice, PlainLayer, Rule, exceeding, install, top
+
+CALIBRATION = random_tokens(96, seed=7)
+WINDOW = 24
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+"""Two orders of summation in float64; a single unit more or less is far outside."""
+
+
+# --- references: which channels the attention projections keep ---
+
+
+def all_channels(_layer: PlainLayer, _method: Any, _site: str, x: Tensor) -> list[int]:
+    return list(range(len(x)))
+
+
+def top_channels(_layer: PlainLayer, method: Any, _site: str, x: Tensor) -> list[int]:
+    return top(x.abs(), method.attention_density)
+
+
+def weighed_channels(layer: PlainLayer, method: Any, site: str, x: Tensor) -> list[int]:
+    norms = column_norms(layer, *("o" if site == "attn.out" else "qkv"))
+    return top(x.abs() * norms, method.attention_density)
+
+
+def exceeding_channels(layer: PlainLayer, method: Any, site: str, x: Tensor) -> list[int]:
+    return exceeding(x.abs(), method.thresholds[layer.number, site])
+
+
+# --- MLPs; densities by the formulas of the DIP paper's table ---
+
+
+def dense(layer: PlainLayer, _method: Any, x: Tensor) -> Tensor:
+    return layer.apply("down", layer.hidden(x))
+
+
+def glu(layer: PlainLayer, method: Any, x: Tensor) -> Tensor:
+    share = 3 * method.density - 2 if layer.gated else 2 * method.density - 1
+    hidden = layer.hidden(x)
+    return layer.down(hidden, top(hidden.abs(), share))
+
+
+def gate(layer: PlainLayer, method: Any, x: Tensor) -> Tensor:
+    gates = layer.activation(layer.apply("gate", x))
+    kept = top(gates.abs(), (3 * method.density - 1) / 2)
+    return layer.apply("down", gates[kept] * layer.apply("up", x, outputs=kept), inputs=kept)
+
+
+def up(layer: PlainLayer, method: Any, x: Tensor) -> Tensor:
+    ups = layer.apply("up", x)
+    kept = top(ups.abs(), (3 * method.density - 1) / 2)
+    gates = layer.activation(layer.apply("gate", x, outputs=kept))
+    return layer.apply("down", ups[kept] * gates, inputs=kept)
+
+
+def oracle(layer: PlainLayer, method: Any, x: Tensor) -> Tensor:
+    kept = top(layer.uncounted().hidden(x).abs(), method.density)
+    return layer.apply("down", layer.hidden(x, outputs=kept), inputs=kept)
+
+
+def cats(layer: PlainLayer, method: Any, x: Tensor) -> Tensor:
+    gates = layer.activation(layer.apply("gate", x))
+    kept = exceeding(gates.abs(), method.thresholds[layer.number, "mlp.hidden"])
+    return layer.apply("down", gates[kept] * layer.apply("up", x, outputs=kept), inputs=kept)
+
+
+def dip(layer: PlainLayer, method: Any, x: Tensor) -> Tensor:
+    input_density, hidden_density = _dip_densities(layer, method)
+    channels = top(x.abs(), input_density)
+    hidden = layer.hidden(x[channels], inputs=channels)
+    return layer.down(hidden, top(hidden.abs(), hidden_density))
+
+
+def wina(layer: PlainLayer, method: Any, x: Tensor) -> Tensor:
+    input_density, hidden_density = _dip_densities(layer, method)
+    channels = top(x.abs() * column_norms(layer, *layer.input_matrices), input_density)
+    hidden = layer.hidden(x[channels], inputs=channels)
+    return layer.down(hidden, top(hidden.abs() * column_norms(layer, "down"), hidden_density))
+
+
+def teal(layer: PlainLayer, method: Any, x: Tensor) -> Tensor:
+    channels = exceeding(x.abs(), method.thresholds[layer.number, "mlp.in"])
+    hidden = layer.hidden(x[channels], inputs=channels)
+    kept = exceeding(hidden.abs(), method.thresholds[layer.number, "mlp.hidden"])
+    return layer.down(hidden, kept)
+
+
+def wanda(layer: PlainLayer, method: Any, x: Tensor) -> Tensor:
+    def product(matrix: str, values: Tensor) -> Tensor:
+        rows = method.masks[layer.number, matrix].tolist()
+        kept = [[j for j, keep in enumerate(row) if keep] for row in rows]
+        return torch.cat(
+            [layer.apply(matrix, values[k], inputs=k, outputs=[i]) for i, k in enumerate(kept)]
+        )
+
+    hidden = product("up", x)
+    if layer.gated:
+        hidden = hidden * layer.activation(product("gate", x))
+    else:
+        hidden = layer.activation(hidden)
+    return product("down", hidden)
+
+
+def _dip_densities(layer: PlainLayer, method: Any) -> tuple[float, float]:
+    """The two masks' densities: explicit, or on the curve through the documented split."""
+    if method.density is None:
+        return method.input_density, method.hidden_density
+    inputs = len(layer.input_matrices)
+    hidden = method.density**method.split
+    return ((inputs + 1) * method.density - hidden) / inputs, hidden
+
+
+def column_norms(layer: PlainLayer, *matrices: str) -> Tensor:
+    """(inputs,) the L2 norm of each column over all the matrices that share the input."""
+    columns = zip(*(layer.weights[name].T.tolist() for name in matrices), strict=True)
+    norms = [math.sqrt(sum(w * w for part in parts for w in part)) for parts in columns]
+    return torch.tensor(norms, dtype=torch.float64)
+
+
+# --- the table ---
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method to test: ``mlp`` and ``attention`` are its reference in plain loops."""
+
+    method: Method
+    mlp: Rule
+    attention: Choice = all_channels
+
+
+METHODS = {
+    "dense": Case(dipnet.Dense(), dense),
+    "dip": Case(dipnet.DIP(0.5, split=1.3), dip),
+    "dip-explicit": Case(dipnet.DIP(input_density=0.6, hidden_density=0.3), dip),
+    "dip-attention": Case(dipnet.DIP(0.4, split=1.1, attention_density=0.6), dip, top_channels),
+    "glu": Case(dipnet.GLUPruning(0.8), glu),
+    "gate": Case(dipnet.GatePruning(0.5), gate),
+    "up": Case(dipnet.UpPruning(0.6), up),
+    "glu-oracle": Case(dipnet.GLUOracle(0.3), oracle),
+    "cats": Case(dipnet.CATS(0.5), cats),
+    "teal": Case(dipnet.TEAL(0.7), teal, exceeding_channels),
+    "teal-mlp": Case(dipnet.TEAL(0.6, attention=False), teal),
+    "wina": Case(dipnet.WINA(0.5, split=1.3, attention_density=0.7), wina, weighed_channels),
+    "wanda": Case(dipnet.Wanda(0.6), wanda),
+    "wanda-2:4": Case(dipnet.Wanda(0.5, "2:4"), wanda),
+}
+
+# --- the matrix ---
+
+PAIRS = [
+    pytest.param(family, name, id=f"{family}-{name}")
+    for name, case in METHODS.items()
+    for family in FAMILIES
+    if not (case.method.needs_gate and family.startswith("opt"))
+]
+every_pair = pytest.mark.parametrize(("family", "method"), PAIRS)
+
+
+@cache
+def calibrated(family: str, name: str) -> Method:
+    """The method as the family's tiny model needs it."""
+    return dipnet.calibrate(shared(family), METHODS[name].method, CALIBRATION, window=WINDOW)
+
+
+def sparse(
+    family: str, name: str, dtype: torch.dtype = torch.float64, **options: Any
+) -> PreTrainedModel:
+    """The family's shared model, sparsified with the method: use it in a ``with``."""
+    return dipnet.sparsify(shared(family, dtype), calibrated(family, name), **options)
+
+
+def plain(family: str, name: str) -> tuple[PreTrainedModel, list[PlainLayer]]:
+    """A fresh model of the family that computes the method by the reference's loops."""
+    model, case = tiny(family), METHODS[name]
+    layers = install(model, calibrated(family, name), case.mlp, case.attention)
+    return model, layers
+
+
+def at_density_one(method: Method) -> Method:
+    """The method with every density that it was given set to 1."""
+    fields = [field.name for field in dataclasses.fields(method) if "density" in field.name]
+    given = {name: 1.0 for name in fields if getattr(method, name) is not None}
+    return dataclasses.replace(method, **given)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models on many threads only wait for one another; imported by conftest files."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, tokens: Tensor, **arguments: Any) -> Tensor:
+    return model(tokens, **arguments).logits
+
+
+@contextmanager
+def linear_inputs(model: PreTrainedModel) -> Iterator[list[list[Tensor]]]:
+    """What reaches each linear layer after pruning: a list for each, of a tensor for each call."""
+    seen: list[list[Tensor]] = []
+    handles = []
+    for layer in model.get_decoder().layers:
+        for module in layer.modules():
+            if isinstance(module, nn.Linear):
+                calls: list[Tensor] = []
+                seen.append(calls)
+                handles.append(
+                    module.register_forward_pre_hook(
+                        lambda _, args, calls=calls: calls.append(args[0].detach())
+                    )
+                )
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

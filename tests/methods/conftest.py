@@ -1,0 +1,1 @@
+from tests.matrix import one_thread  # noqa: F401
