@@ -6,7 +6,7 @@ INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/dipnet/cs
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
     --constraint constraints.txt --build-constraint constraints.txt
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test results lint format clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -17,6 +17,10 @@ demo: .venv/.installed ## install, then run the demo: a report and figures in ou
 
 test: lint ## lint, check the types and run the tests
 	$(BIN)/pytest
+
+results: .venv/.installed ## measure the tables of docs/results.md: make results DATA=folder
+	@test -n '$(DATA)' || { echo "error: name the texts' folder: make results DATA=folder" >&2; exit 1; }
+	$(BIN)/python benchmarks/results.py --data '$(DATA)' $(ARGS)
 
 lint: .venv/.installed-dev ## check style and types
 	$(BIN)/ruff check .
