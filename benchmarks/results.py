@@ -75,15 +75,29 @@ def methods() -> list[MethodRequest]:
     return [parse_method(name) for name in (*names, *VARIANTS)]
 
 
-def fitted_jobs(loaded: LoadedModel, run: Run) -> Iterator[Job]:
+@dataclass(frozen=True)
+class Fitting:
+    """The texts that methods are fitted on, the first tokens of the validation books."""
+
+    calibration: TokenText
+    split: TokenText
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, run: Run) -> Fitting:
+        """The model's tokens of both."""
+        text = read(run.data / VALIDATION)
+        whole = TokenText(text, tokenize(loaded.tokenizer, text.content))
+        return cls(whole.first(CALIBRATION_TOKENS), whole.first(run.split_windows * WINDOW))
+
+
+def fitted_jobs(loaded: LoadedModel, fitting: Fitting, run: Run) -> Iterator[Job]:
     """Each method at each density, fitted on the validation text, or why it cannot be had."""
     yield DENSE
-    text = tokenize(loaded.tokenizer, read(run.data / VALIDATION).content)
     fitter = Fitter(
         loaded.model,
         WINDOW,
-        calibration=text[:CALIBRATION_TOKENS],
-        split_text=text[: run.split_windows * WINDOW],
+        calibration=fitting.calibration.tokens,
+        split_text=fitting.split.tokens,
         batch_size=run.batch_size,
     )
     grid = [(request, density) for request in methods() for density in DENSITIES]
@@ -94,7 +108,7 @@ def fitted_jobs(loaded: LoadedModel, run: Run) -> Iterator[Job]:
             yield Job(request.label, density, None, str(error))
 
 
-def measure(loaded: LoadedModel, jobs: list[Job], name: str, run: Run) -> Report:
+def measure(loaded: LoadedModel, jobs: list[Job], fitting: Fitting, name: str, run: Run) -> Report:
     """All jobs on one text."""
     setting = Setting(window=WINDOW, stride=WINDOW, batch_size=run.batch_size)
     text = read(run.data / TEXTS[name])
@@ -102,7 +116,8 @@ def measure(loaded: LoadedModel, jobs: list[Job], name: str, run: Run) -> Report
     rows = sweep(loaded.model, jobs, tokens, setting, ready=lambda method: method)
     measured = list(track(rows, f"{loaded.name} on {name}", total=len(jobs), console=console))
     used = TokenText(text, tokens)
-    return Report(loaded, used, setting, setting.count(tokens), seed=0, rows=measured)
+    windows = setting.count(tokens)
+    return Report(loaded, used, setting, windows, 0, measured, fitting.calibration, fitting.split)
 
 
 @dataclass(frozen=True)
@@ -123,8 +138,9 @@ def measure_model(model: str, run: Run, device: str, threads: int) -> ModelResul
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     loaded = load_model(model, device=device)
-    jobs = list(fitted_jobs(loaded, run))
-    reports = {name: measure(loaded, jobs, name, run) for name in TEXTS}
+    fitting = Fitting.of(loaded, run)
+    jobs = list(fitted_jobs(loaded, fitting, run))
+    reports = {name: measure(loaded, jobs, fitting, name, run) for name in TEXTS}
     return ModelResults(
         model,
         machine(loaded.model.device),
@@ -140,7 +156,7 @@ def limit_share(report: Report) -> float:
     """The share of the arithmetic limit that the dense evaluation reached."""
     device = report.loaded.model.device
     weights = dipnet.describe(report.loaded.model).weights_per_token
-    limit = 2 * weights * report.dense.perplexity.tokens / matrix_rate(device)
+    limit = 2 * weights * len(report.text.tokens) / matrix_rate(device)
     return limit / report.dense.seconds
 
 

@@ -29,8 +29,9 @@ METHODS = {
 def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> InputError:
     """The error for a name that does not exist: the closest match, then all that exist."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    guess = f" Did you mean {close[0]!r}?" if close else ""
+    lower = {each.lower(): each for each in names}
+    close = difflib.get_close_matches(name.lower(), lower, n=1)
+    guess = f" Did you mean {lower[close[0]]!r}?" if close else ""
     return InputError(f"unknown {kind} {name!r}.{guess} Known: {', '.join(names)}.{hint}")
 
 

@@ -209,7 +209,7 @@ def pruned_row(scores: Tensor, method: dipnet.Wanda) -> list[bool]:
 
 
 def test_text_is_cut_into_whole_windows() -> None:
-    windows = TextCalibration(shared("llama"), torch.arange(2, 25), window=10).windows
+    windows = TextCalibration(shared("llama"), torch.arange(2, 25), window=10, bos=None).windows
     assert [window.tolist() for window in windows] == [
         [list(range(2, 12))],
         [list(range(12, 22))],
@@ -217,18 +217,27 @@ def test_text_is_cut_into_whole_windows() -> None:
 
 
 def test_a_short_text_is_one_shorter_window() -> None:
-    (window,) = TextCalibration(shared("llama"), torch.arange(2, 9), window=10).windows
+    (window,) = TextCalibration(shared("llama"), torch.arange(2, 9), window=10, bos=None).windows
     assert window.tolist() == [list(range(2, 9))]
+
+
+def test_every_window_begins_with_the_token_that_begins_a_text() -> None:
+    windows = TextCalibration(shared("llama"), torch.arange(2, 14), window=5, bos=1).windows
+    assert [window.tolist() for window in windows] == [
+        [[1, 2, 3, 4, 5]],
+        [[1, 6, 7, 8, 9]],
+        [[1, 10, 11, 12, 13]],
+    ]
 
 
 def test_a_batch_of_one_is_the_same_text() -> None:
     one = dipnet.calibrate(shared("llama"), dipnet.CATS(0.5), CALIBRATION[None], window=WINDOW)
-    assert one == calibrated("llama", "cats")
+    assert one.thresholds == calibrated("llama", "cats").thresholds
 
 
 @pytest.mark.parametrize("method", [dipnet.DIP(0.5), dipnet.GLUPruning(0.8), dipnet.WINA(0.5)])
 def test_a_method_with_nothing_to_fit_comes_back(method: Any) -> None:
-    assert dipnet.calibrate(shared("llama"), method, CALIBRATION) is method
+    assert dipnet.calibrate(shared("llama"), method, CALIBRATION, window=WINDOW) is method
 
 
 @pytest.mark.parametrize("name", ["cats", "teal", "wanda"])

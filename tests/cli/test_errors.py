@@ -4,11 +4,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dipnet.models.load import load_model
 from tests.checkpoints import save_llama
 
 Error = Callable[..., str]
@@ -19,6 +21,12 @@ PROMPT = ("--prompt", "The ship")
 def copy(llama: str, tmp_path: Path) -> Path:
     """A checkpoint to damage."""
     return Path(shutil.copytree(llama, tmp_path / "copy"))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("density", ["0", "-0.1", "1.01", "nan"])
@@ -47,14 +55,88 @@ def test_unknown_family(error: Error, copy: Path, command: str) -> None:
     assert "docs/adding-a-family.md" in message
 
 
-def test_missing_checkpoint(error: Error, tmp_path: Path) -> None:
-    message = error("run", str(tmp_path / "nothing"), *PROMPT)
-    assert message.startswith(f"cannot load '{tmp_path / 'nothing'}'")
+@pytest.mark.parametrize("name", ["/tmp/of/nobody", "./nothing", "a/b/c", "../no/folder"])
+def test_missing_checkpoint(error: Error, name: str) -> None:
+    message = error("run", name, *PROMPT)
+    assert message.startswith(f"there is no folder {name!r}")
     assert "give a local folder with config.json and safetensors weights" in message
 
 
+def test_a_misspelt_demo_model(error: Error) -> None:
+    for arguments in (("run", "demo-swigl", *PROMPT), ("eval", "demo-swigl")):
+        message = error(*arguments)
+        assert message.startswith("unknown model 'demo-swigl'. Did you mean 'demo-swiglu'?")
+
+
 def test_a_folder_without_a_config(error: Error, tmp_path: Path) -> None:
-    assert "holds no config.json" in error("run", str(tmp_path), *PROMPT)
+    message = error("run", str(tmp_path), *PROMPT)
+    assert "holds no config.json" in message
+    assert "give a local folder with config.json" in message
+
+
+def change_config(folder: Path, **values: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+@pytest.mark.parametrize("command", ["run", "info"])
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"hidden_size": "abc"}, "Field 'hidden_size' expected int"),
+        ({"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
+        ({"hidden_act": "foo"}, "'foo' is unknown"),
+        ({"num_hidden_layers": 0}, "no layers"),
+        ({"model_type": "t5", "architectures": None}, "unknown model family 't5'"),
+    ],
+)
+def test_broken_configs(
+    error: Error, copy: Path, command: str, values: dict[str, object], reason: str
+) -> None:
+    change_config(copy, **values)
+    assert reason in error(command, str(copy), *(PROMPT if command == "run" else ()))
+
+
+def test_quantised_without_the_library(error: Error, copy: Path) -> None:
+    change_config(copy, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128})
+    message = error("run", str(copy), *PROMPT)
+    assert message.startswith(f"cannot load {str(copy)!r}")
+    assert "pip install" in message
+
+
+def test_missing_tensors(error: Error, copy: Path) -> None:
+    edit_weights(copy, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
+    message = error("run", str(copy), *PROMPT)
+    assert message.startswith(f"the checkpoint {str(copy)!r} lacks the weights")
+    assert "'model.layers.1.mlp.up_proj.weight'" in message
+
+
+def test_tied_weights_are_stored_once(error: Error, copy: Path) -> None:
+    change_config(copy, tie_word_embeddings=True)
+    edit_weights(copy, lambda weights: weights.pop("lm_head.weight"))
+    assert load_model(str(copy), device="cpu").name == str(copy)
+    edit_weights(copy, lambda weights: weights.pop("model.embed_tokens.weight"))
+    assert "'model.embed_tokens.weight'" in error("run", str(copy), *PROMPT)
+
+
+def test_tensors_of_another_shape(error: Error, copy: Path) -> None:
+    change_config(copy, intermediate_size=40)
+    message = error("run", str(copy), *PROMPT)
+    assert message.startswith("'model.layers.0.mlp.down_proj.weight' has the shape (16, 48)")
+    assert "its config says (16, 40)" in message
+
+
+@pytest.mark.parametrize("content", [None, "{", "no vocabulary"])
+def test_tokenizers(error: Error, copy: Path, content: str | None) -> None:
+    (copy / "tokenizer.json").unlink()
+    if content == "no vocabulary":
+        kind = json.dumps({"tokenizer_class": "LlamaTokenizer"})
+        (copy / "tokenizer_config.json").write_text(kind)
+    elif content:
+        (copy / "tokenizer.json").write_text(content)
+    message = error("run", str(copy), *PROMPT)
+    assert message.startswith(f"cannot load the tokenizer of {str(copy)!r}")
+    assert "tokenizer.json and tokenizer_config.json belong beside config.json" in message
 
 
 def test_missing_weights(error: Error, copy: Path) -> None:
@@ -105,9 +187,8 @@ def test_prompts(error: Error, llama: str) -> None:
 
 @pytest.mark.parametrize("method", ["dense", "dip"])
 def test_nan_activations(error: Error, copy: Path, text: str, method: str) -> None:
-    weights = load_file(copy / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
-    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_weights(copy, lambda weights: weights[name].fill_(torch.nan))
     generate = ("run", str(copy), *PROMPT, "--max-new-tokens", "4")
     for arguments in (generate, ("eval", str(copy), "--text", text)):
         message = error(*arguments, "--method", method)
@@ -141,10 +222,68 @@ def test_outputs_are_tested_before_the_work(error: Error, tmp_path: Path) -> Non
 
 
 def test_devices_and_dtypes(error: Error, llama: str) -> None:
-    assert "device 'tpu' cannot be used here" in error("run", llama, *PROMPT, "--device", "tpu")
+    for device in ("tpu", "meta", "cuda:x"):
+        assert f"unknown device '{device}'" in error("run", llama, *PROMPT, "--device", device)
+    beyond = error("run", llama, *PROMPT, "--device", "cuda:99")
+    assert "device 'cuda:99' cannot be used here" in beyond
+    assert beyond.endswith("use --device cpu")
     assert "unknown dtype 'int3'; known: auto" in error("run", llama, *PROMPT, "--dtype", "int3")
 
 
 def test_only_dip_has_a_split(error: Error, llama: str, text: str) -> None:
     message = error("fit-split", llama, "--text", text, "--method", "gate")
     assert message == "gate has no split to fit: use dip or wina"
+
+
+@pytest.mark.parametrize("method", ["dip:split=1.2", "dip:input_density=0.5,hidden_density=0.5"])
+def test_a_divided_density_has_no_split_to_fit(
+    error: Error, llama: str, text: str, method: str
+) -> None:
+    message = error("fit-split", llama, "--text", text, "--method", method)
+    assert message.startswith(f"{method} says already how its density is divided")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("eval", "--colour"), "No such option: --colour"),
+        (("eval", "--window", "1"), "Invalid value for '--window'"),
+        (("info", "--density", "abc"), "Invalid value for '--density'"),
+        (("fit-split",), "Missing option '--text'"),
+        (("eval", "--text"), "Option '--text' requires an argument"),
+        (("run", "--seed", "-1"), "Invalid value for '--seed'"),
+        (("run", "--seed", str(2**32)), "Invalid value for '--seed'"),
+    ],
+)
+def test_usage(error: Error, arguments: tuple[str, ...], message: str) -> None:
+    found = error(*arguments)
+    assert message in found
+    assert found.endswith(f"(see dipnet {arguments[0]} --help)")
+
+
+def test_an_unknown_command(error: Error) -> None:
+    assert error("evla") == "No such command 'evla'. Did you mean 'eval'? (see dipnet --help)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", *PROMPT, "--top-p", "0.9"), "--top-p has no effect at temperature 0"),
+        (("run", *PROMPT, "--method", "dense", "--density", "0.5"), "leave out --density"),
+        (("run", *PROMPT, "--temperature", "-1"), "temperature must be 0"),
+        (("run", *PROMPT, "--calibration", "none.txt"), "there is no text file none.txt"),
+        (("eval", "--calibration", "none.txt"), "there is no text file none.txt"),
+        (("eval", "--method", "dense", "--density", "0.5"), "--density has no effect on dense"),
+        (("eval", "--method", "dip:density=0.4", "--density", "0.5"), "--density has no effect"),
+        (("eval", "--split", "test"), "--column go with --dataset"),
+        (("eval", "--text", "a", "--column", "text"), "--column go with --dataset"),
+        (("eval", "--method", "gate", "--fit-split", "a"), "--fit-split has no effect"),
+        (("eval", "--fit-split", "none.txt"), "there is no text file none.txt"),
+        (("fit-split", "--text", "none.txt"), "there is no text file none.txt"),
+    ],
+)
+def test_arguments_are_tested_before_the_model(
+    error: Error, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.delattr("dipnet.models.load.load_model")
+    assert message in error(*arguments)

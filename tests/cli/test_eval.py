@@ -47,6 +47,12 @@ def test_json_is_alone_on_stdout_and_repeatable(run: Run, llama: str, text: str)
     assert first == second
 
 
+def test_repetitions_are_dropped(run: Run, llama: str, text: str) -> None:
+    twice = ("--method", "dip", "--density", "0.5") * 2
+    found = run("eval", llama, "--text", text, *twice, "--json").json
+    assert [row["density_asked"] for row in found["rows"]] == [None, 0.5]
+
+
 def test_the_window_is_the_context(run: Run, llama: str, text: str) -> None:
     found = run("eval", llama, "--text", text, "--density", "0.5", "--json").json
     assert (found["window"], found["stride"], found["bos"]) == (64, 64, None)
@@ -108,6 +114,21 @@ def test_info_reads_no_weights(run: Run, llama: str, tmp_path: Path) -> None:
     config = (Path(llama) / "config.json").read_text()
     (tmp_path / "config.json").write_text(config)
     assert run("info", str(tmp_path)).code == 0
+
+
+def test_info_on_a_quantised_checkpoint(run: Run, llama: str, tmp_path: Path) -> None:
+    config = json.loads((Path(llama) / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = run("info", str(tmp_path))
+    assert result.code == 0
+    assert "quantised (gptq): bytes are as if in float32" in result.err
+
+
+def test_a_density_of_its_own_is_fitted(run: Run, llama: str, text: str) -> None:
+    method = ("--method", "dip:density=0.4")
+    found = run("fit-split", llama, "--text", text, *method, "--json").json
+    assert [fit["density"] for fit in found["fits"]] == [0.4]
 
 
 def test_fit_split(run: Run, llama: str, text: str) -> None:

@@ -42,6 +42,7 @@ def test_options(text: str, density: float | None, method: Method) -> None:
     ("text", "message"),
     [
         ("dpi", "unknown method 'dpi'. Did you mean 'dip'\\? Known: cats, dense, dip"),
+        ("DIP", "unknown method 'DIP'. Did you mean 'dip'"),
         ("dip:splt=1", r"'splt=1' is no option of dip; .* split \(a number\)"),
         ("dip:split", "'split' is no option of dip; write dip:key=value"),
         ("dip:", "'' is no option of dip"),

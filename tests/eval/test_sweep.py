@@ -120,7 +120,8 @@ def test_json_holds_everything(report: Report, text: TokenText) -> None:
     assert dense["density"]["mlp"] == dense["density"]["total"] == 1
     assert [row["method"] for row in others] == ["dip", "dip", "glu", "glu", "cats", "cats"]
     assert len(others[0]["density"]["mlp_by_layer"]) == 2
-    assert others[0]["parameters"] == {"density": 0.8}
+    assert others[0]["parameters"]["density"] == 0.8
+    assert set(others[0]["parameters"]["site_densities"]) == {"mlp.in", "mlp.hidden"}
     assert "perplexity" not in others[3]
 
 
@@ -130,7 +131,7 @@ def test_the_table_has_a_dash_for_what_is_missing(report: Report) -> None:
     lines = console.export_text().splitlines()
     glu = next(line for line in lines if line.split()[:2] == ["glu", "0.5"])
     assert set(glu.split()[2:]) == {"–"}
-    assert sum(len(line.split()) == 8 for line in lines) == 7
+    assert sum(len(line.split()) == 9 for line in lines) == 7
 
 
 def test_the_picture_is_a_png(report: Report) -> None:
@@ -140,5 +141,6 @@ def test_the_picture_is_a_png(report: Report) -> None:
 
 
 def test_pareto_keeps_what_nothing_beats() -> None:
-    points = [Point("a", 0.5, 30), Point("b", 0.5, 40), Point("a", 0.8, 20), Point("b", 0.7, 35)]
-    assert pareto(points) == [Point("a", 0.5, 30), Point("a", 0.8, 20)]
+    figures = [("a", 0.5, 30), ("b", 0.5, 40), ("a", 0.8, 20), ("b", 0.7, 35)]
+    points = [Point(*figure, comparable=True) for figure in figures]
+    assert pareto(points) == [points[0], points[2]]

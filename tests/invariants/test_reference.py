@@ -36,8 +36,10 @@ def test_density_counts_the_weights_that_the_loops_gather(family: str, method: s
         density = dipnet.usage(model).density()
     assert density.tokens == TOKENS.numel()
     assert density.mlp_by_layer == pytest.approx([share(layer, *MLP) for layer in layers])
+    shares = [share(layer, *ATTENTION) for layer in layers]
+    assert density.attention_by_layer == pytest.approx(shares)
     assert density.mlp == pytest.approx(mean([share(layer, *MLP) for layer in layers]))
-    assert density.attention == pytest.approx(mean([share(layer, *ATTENTION) for layer in layers]))
+    assert density.attention == pytest.approx(mean(shares))
 
 
 def share(layer: PlainLayer, *matrices: str) -> float:

@@ -11,7 +11,7 @@ import transformers
 import dipnet
 from dipnet.errors import DipnetError, InputError
 from dipnet.models.families import FAMILIES, describe
-from tests.families import gated_family, shared
+from tests.families import CONTEXT, gated_family, shared
 from tests.matrix import CALIBRATION, WINDOW
 
 WITH_DENSITY: list[Callable[[Any], Any]] = [
@@ -100,8 +100,15 @@ def test_without_calibration(method: Any) -> None:
 
 @pytest.mark.parametrize("tokens", [[], [[]], [5]])
 def test_empty_calibration_text(tokens: list[Any]) -> None:
+    text = torch.tensor(tokens, dtype=torch.long)
     with complains("calibration text is empty", "give at least"):
-        dipnet.calibrate(shared("llama"), dipnet.CATS(0.5), torch.tensor(tokens, dtype=torch.long))
+        dipnet.calibrate(shared("llama"), dipnet.CATS(0.5), text, window=WINDOW)
+
+
+@pytest.mark.parametrize("window", [CONTEXT + 1, 1, 0, -1])
+def test_calibration_window(window: int) -> None:
+    with complains(f"window must be from 2 to the context of {CONTEXT}, got {window}"):
+        dipnet.calibrate(shared("llama"), dipnet.CATS(0.5), CALIBRATION, window=window)
 
 
 def test_pattern_at_another_density() -> None:
@@ -119,6 +126,24 @@ def test_unknown_pattern(pattern: Any) -> None:
 def test_prefill(prefill: Any) -> None:
     with complains("prefill is 'dense', 'sparse' or a number of tokens", repr(prefill)):
         dipnet.sparsify(shared("llama"), dipnet.DIP(0.5), prefill=prefill)
+
+
+@pytest.mark.parametrize("method", ["dip", dipnet.DIP, None, 0.5])
+def test_not_a_method(method: Any) -> None:
+    with complains("method is a method such as dipnet.DIP(density=0.5), not", repr(method)):
+        dipnet.sparsify(shared("llama"), method)
+
+
+@pytest.mark.parametrize("model", ["demo-swiglu", torch.nn.Linear(2, 2), None])
+def test_not_a_model(model: Any) -> None:
+    with complains("model is a transformers model, not", type(model).__name__):
+        dipnet.sparsify(model, dipnet.DIP(0.5))
+
+
+def test_a_model_without_layers() -> None:
+    config = transformers.LlamaConfig(hidden_size=8, num_hidden_layers=0, num_attention_heads=2)
+    with complains("no layers", "num_hidden_layers"):
+        dipnet.sparsify(transformers.LlamaForCausalLM(config), dipnet.DIP(0.5))
 
 
 def test_usage_of_a_dense_model() -> None:

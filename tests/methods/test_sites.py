@@ -85,6 +85,7 @@ def test_the_lowest_density_without_a_gate() -> None:
         (WINA(0.5), 3 * (8 + 20)),  # a norm a column
         (WINA(0.5, attention_density=0.5), 3 * (8 + 12 + 8 + 20)),
         (Wanda(0.5), 3 * 480 // 16),  # a bit a weight
+        (Wanda(1.0), 0),
     ],
 )
 def test_what_a_method_adds(method: Method, added: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,13 @@ def test_calibrated_on_a_model_with_fewer_layers(method: str) -> None:
     model = of_another_shape(num_hidden_layers=3)
     with pytest.raises(InputError, match="calibrate"):
         dipnet.sparsify(model, calibrated("llama", method))
+
+
+@pytest.mark.parametrize("method", ["cats", "teal", "wanda"])
+def test_calibrated_at_another_density(method: str) -> None:
+    changed = dataclasses.replace(calibrated("llama", method), density=0.77)
+    with pytest.raises(InputError, match="calibrate it again"):
+        dipnet.sparsify(shared("llama"), changed)
 
 
 def test_masks_of_a_model_of_another_size() -> None:

@@ -1,5 +1,7 @@
 """Density by hand: what is counted, and what is not."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -53,6 +55,21 @@ def test_sites() -> None:
 def test_attention_counts_apart() -> None:
     assert density_of(DIP(0.5)).attention == 1
     assert density_of(DIP(0.5, attention_density=0.75)).attention == pytest.approx(0.75)
+
+
+def test_by_layer() -> None:
+    """The second layer keeps everything: its thresholds are below every score."""
+    fitted = calibrated("llama", "teal")
+    open_layer = {key: -1.0 if key[0] else cut for key, cut in fitted.thresholds.items()}
+    density = density_of(dataclasses.replace(fitted, thresholds=open_layer))
+    mlp, attention = density.mlp_by_layer[0], density.attention_by_layer[0]
+    assert density.mlp_by_layer == (mlp, 1)
+    assert density.attention_by_layer == (attention, 1)
+    assert density.mlp == (mlp + 1) / 2
+    assert density.attention == (attention + 1) / 2
+    weights = SPEC.mlp_weights + SPEC.attention_weights
+    read = mlp * SPEC.mlp_weights + attention * SPEC.attention_weights
+    assert density.total_by_layer == pytest.approx((read / weights, 1))
 
 
 def test_total_is_a_share_of_all_that_a_token_reads() -> None:
@@ -124,5 +141,5 @@ def test_padding_is_not_counted(prefill: str | int) -> None:
     with dipnet.sparsify(model, GLUOracle(0.25), prefill=prefill):
         logits(model, TOKENS, attention_mask=attended)
         density = dipnet.usage(model).density()
-    assert density.tokens == {"sparse": 3 + 5, 2: 3 + 3}[prefill]
+    assert density.tokens == {"sparse": 3 + 5, 2: 1 + 3}[prefill]
     assert density.mlp == pytest.approx(0.25)

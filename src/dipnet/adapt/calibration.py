@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from dipnet.adapt.blocks import WalkedBlock, walk_blocks
@@ -15,23 +16,30 @@ from dipnet.adapt.histogram import ScoreHistogram
 from dipnet.errors import InputError
 from dipnet.methods.base import Method, SiteKey
 from dipnet.models.attach import Attachment, check_dense
-from dipnet.models.families import Decoder
+from dipnet.models.families import Decoder, context_length, default_window
 from dipnet.units import ModelSpec, Site
 
 AnyMethod = TypeVar("AnyMethod", bound=Method)
 
 
 def calibrate(
-    model: PreTrainedModel, method: AnyMethod, tokens: Tensor, window: int = 512
+    model: PreTrainedModel,
+    method: AnyMethod,
+    tokens: Tensor,
+    window: int | None = None,
+    bos: int | None = None,
 ) -> AnyMethod:
     """Fit ``method`` on text; returns the fitted method and leaves the model as it was.
 
-    ``tokens`` is a (n,) or (1, n) integer tensor; it is cut into windows of ``window`` tokens. A
-    method that has nothing to fit comes back unchanged. Raises InputError when the text is too
-    short, the method cannot work on the model, or the model is sparsified.
+    ``tokens`` is a (n,) or (1, n) integer tensor; it is cut into windows of ``window`` tokens (by
+    default the context, at most 2048), each beginning with ``bos`` if given. A method that has
+    nothing to fit comes back unchanged. Raises InputError when the text is too short, the window
+    does not fit the model's context, the method cannot work on the model, or it is sparsified.
     """
     check_dense(model)
-    calibration = TextCalibration(model, tokens, window)
+    calibration = TextCalibration(
+        model, tokens, default_window(model) if window is None else window, bos
+    )
     method.check_model(calibration.spec)
     return method.calibrated(calibration)
 
@@ -39,9 +47,14 @@ def calibrate(
 class TextCalibration:
     """What a method may learn from a text, measured in the dense model."""
 
-    def __init__(self, model: PreTrainedModel, tokens: Tensor, window: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokens: Tensor, window: int, bos: int | None = None
+    ) -> None:
         self.decoder = Decoder(model)
-        self.windows = _windows(tokens.flatten().to(model.device), window)
+        context = context_length(model)
+        if not 2 <= window <= context:
+            raise InputError(f"window must be from 2 to the context of {context}, got {window}")
+        self.windows = _windows(tokens.flatten().to(model.device), window, bos)
 
     @property
     def spec(self) -> ModelSpec:
@@ -90,8 +103,11 @@ class _Observer(Method):
         return torch.ones_like(scores, dtype=torch.bool)
 
 
-def _windows(tokens: Tensor, window: int) -> list[Tensor]:
+def _windows(tokens: Tensor, window: int, bos: int | None) -> list[Tensor]:
     """(n,) tokens -> whole (1, window) windows, in order; a short text is one shorter window."""
+    if bos is not None:
+        bodies = _windows(tokens, window - 1, None)
+        return [functional.pad(body, (1, 0), value=bos) for body in bodies]
     if len(tokens) < 2:
         raise InputError("the calibration text is empty: give at least a few hundred words")
     whole = tokens[: len(tokens) // window * window] if len(tokens) >= window else tokens

@@ -21,8 +21,8 @@ CALIBRATION_TOKENS = 16384
 class Fitter:
     """Makes methods ready for one model: ``fitter(method)`` is the method, fitted.
 
-    ``calibration`` and ``split_text`` are (n,) tokens or None, in windows of ``window``,
-    ``batch_size`` of which are measured at a time. A method
+    ``calibration`` and ``split_text`` are (n,) tokens or None, read in windows of ``window``
+    tokens that begin with ``bos`` if given; ``batch_size`` of them are measured at a time. A method
     that needs a calibration text and gets none is an InputError, and so is a method that cannot
     work on the model. DIP-like methods that bring a split of their own keep it.
     """
@@ -32,6 +32,7 @@ class Fitter:
     calibration: Tensor | None = None
     split_text: Tensor | None = None
     batch_size: int = 1
+    bos: int | None = None
 
     def __call__(self, method: Method) -> Method:
         """The method, ready for ``sparsify``."""
@@ -40,13 +41,18 @@ class Fitter:
         if self.split_text is not None and isinstance(method, DIP) and _wants_split(method):
             method = self._with_split(method, self.split_text)
         if method.needs_calibration and self.calibration is not None:
-            method = calibrate(self.model, method, self.calibration, self.window)
+            method = calibrate(self.model, method, self.calibration, self.window, self.bos)
         method.check(spec)
         return method
 
     def _with_split(self, method: DIP, text: Tensor) -> DIP:
         fitted, _ = fit_split(
-            self.model, method, text, window=self.window, batch_size=self.batch_size
+            self.model,
+            method,
+            text,
+            window=self.window,
+            bos=self.bos,
+            batch_size=self.batch_size,
         )
         return fitted
 

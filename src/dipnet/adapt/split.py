@@ -39,21 +39,25 @@ def fit_split(
     method: AnyDIP,
     tokens: Tensor,
     *,
-    window: int = 512,
+    window: int | None = None,
+    bos: int | None = None,
     batch_size: int = 1,
     progress: Callable[[float, float], object] | None = None,
 ) -> tuple[AnyDIP, SplitFit]:
     """The method with its best split on (n,) ``tokens``, and what was measured.
 
-    Costs one evaluation of the text for each candidate; ``progress`` is called with the candidate
-    and its perplexity. Raises InputError when ``method`` has no density to divide.
+    Windows begin with ``bos`` if given. Costs one evaluation of the text for each candidate;
+    ``progress`` is called with the candidate and its perplexity.
+    Raises InputError when ``method`` has no density to divide.
     """
     if method.density is None:
         raise InputError("only a method with one density can be fitted: give density alone")
     measured: dict[float, float] = {}
     for candidate in _candidates(method, describe(model)):
         with sparsify(model, candidate) as attached:
-            result = perplexity(attached, tokens, window=window, batch_size=batch_size).perplexity
+            result = perplexity(
+                attached, tokens, window=window, bos=bos, batch_size=batch_size
+            ).perplexity
         assert candidate.split is not None
         measured[candidate.split] = result
         if progress:

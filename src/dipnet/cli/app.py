@@ -7,7 +7,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from dipnet import __version__
 from dipnet.cli.console import complain, err
@@ -15,6 +15,7 @@ from dipnet.cli.demo import demo
 from dipnet.cli.evaluate import evaluate
 from dipnet.cli.fit import fit_split
 from dipnet.cli.info import info
+from dipnet.cli.options import FLAG
 from dipnet.cli.run import run
 from dipnet.errors import DipnetError
 
@@ -25,8 +26,32 @@ ABOUT = (
 )
 
 
+UsageError: Any = typer.BadParameter.__base__
+"""What a command line that cannot be read raises: click's, or Typer's own copy of click's."""
+
+
+class Command(TyperCommand):
+    """A command whose ``--help`` is a flag like ours, and whose usage errors know it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments; some of Typer's errors do not say of which command they are."""
+        try:
+            return super().parse_args(ctx, args)
+        except UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """The help option."""
+        return _as_flag(super().get_help_option(ctx))
+
+
 class Commands(TyperGroup):
     """Runs a command, and turns the errors that dipnet raises on purpose into one line each."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """The help option."""
+        return _as_flag(super().get_help_option(ctx))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; 2 after an error, 130 after an interruption, 1 after a closed pipe."""
@@ -46,10 +71,15 @@ class Commands(TyperGroup):
             raise typer.Exit(1) from None
 
 
+def _as_flag(option: Any) -> Any:
+    if option is not None:
+        option.metavar = FLAG
+    return option
+
+
 app = typer.Typer(
     cls=Commands,
     help=ABOUT,
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -67,19 +97,36 @@ def _print_version(wanted: bool) -> None:
 def _options(
     _version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version"),
+        typer.Option(
+            "--version",
+            metavar=FLAG,
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version",
+        ),
     ] = False,
 ) -> None:
     """Take the options that come before a command."""
 
 
-app.command("run")(run)
-app.command("eval")(evaluate)
-app.command("info")(info)
-app.command("fit-split")(fit_split)
-app.command("demo")(demo)
+app.command("run", cls=Command)(run)
+app.command("eval", cls=Command)(evaluate)
+app.command("info", cls=Command)(info)
+app.command("fit-split", cls=Command)(fit_split)
+app.command("demo", cls=Command)(demo)
 
 
 def main() -> None:
-    """Run the command line on the process's arguments and exit."""
-    app(prog_name="dipnet")
+    """Run the command line on the process's arguments, or show the help, and exit."""
+    try:
+        code = app(sys.argv[1:] or ["--help"], prog_name="dipnet", standalone_mode=False)
+    except UsageError as error:
+        code = _usage(error)
+    sys.exit(code)
+
+
+def _usage(error: Any) -> int:
+    """Say in one line what is wrong with the command line."""
+    command = error.ctx.command_path if error.ctx else "dipnet"
+    complain("error", f"{error.format_message().rstrip('.')} (see {command} --help)")
+    return 2

@@ -69,7 +69,9 @@ def quiet_libraries() -> None:
     """Keep Hugging Face's bars and advice to developers from the terminal, but never errors."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.simplefilter("ignore")
+    import huggingface_hub
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dipnet.cli.console import json_text, out, stream, titled_table
-from dipnet.cli.inputs import calibration_text, load, tokens_of
+from dipnet.cli.inputs import calibration_text, calibration_tokens, load, tokens_of
 from dipnet.cli.methods import parse_method
 from dipnet.cli.sweeping import measure, needs_calibration, plan_jobs, show
 from dipnet.files import check_writable, make_folder, write_file
@@ -113,7 +113,9 @@ def _measure(loaded: LoadedModel) -> Report:
     text = tokens_of(loaded, bundled_text("heldout"))
     used = setting.first(text.tokens, WINDOWS)
     jobs = plan_jobs(loaded, map(parse_method, SWEEPS[loaded.name]), DENSITIES)
-    calibration = calibration_text(loaded, None) if needs_calibration(jobs) else None
+    calibration = None
+    if needs_calibration(jobs):
+        calibration = calibration_tokens(loaded, calibration_text(loaded.name, None))
     if calibration:
         calibration = calibration.first(CALIBRATION_TOKENS)
     rows = measure(loaded, jobs, used, setting, calibration)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -9,17 +10,28 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dipnet.cli.console import json_text, note, print_json
+from dipnet.cli.console import json_text, note, print_json, quiet_libraries
 from dipnet.cli.inputs import (
     calibration_text,
+    calibration_tokens,
     check_window,
     is_bundled,
     load,
-    split_text,
+    split_tokens,
     tokens_of,
 )
-from dipnet.cli.methods import parse_method
-from dipnet.cli.options import Calibration, Densities, Device, Dtype, Json, Model, Seed, Window
+from dipnet.cli.methods import MethodRequest, parse_method, unique
+from dipnet.cli.options import (
+    METHOD_HELP,
+    Calibration,
+    Densities,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Seed,
+    Window,
+)
 from dipnet.cli.sweeping import measure, needs_calibration, plan_jobs, show
 from dipnet.errors import InputError
 from dipnet.files import check_writable, make_folder, write_file
@@ -28,7 +40,7 @@ from dipnet.units import check_density
 if TYPE_CHECKING:
     from dipnet.eval.report import Report
     from dipnet.eval.sweep import Setting
-    from dipnet.eval.texts import TokenText
+    from dipnet.eval.texts import Text
     from dipnet.models.load import LoadedModel
 
 DENSITIES = (0.8, 0.67, 0.5, 0.4, 0.3)
@@ -51,8 +63,8 @@ class Source:
     file: Path | None
     dataset: str | None
     config: str | None
-    split: str
-    column: str
+    split: str | None
+    column: str | None
 
 
 def evaluate(
@@ -67,13 +79,15 @@ def evaluate(
     dataset_config: Annotated[
         str | None, typer.Option(help="Its configuration", show_default=False)
     ] = None,
-    split: Annotated[str, typer.Option(help="Its split")] = "test",
-    column: Annotated[str, typer.Option(help="Its column")] = "text",
+    split: Annotated[
+        str | None, typer.Option(help="Its split; default: test", show_default=False)
+    ] = None,
+    column: Annotated[
+        str | None, typer.Option(help="Its column; default: text", show_default=False)
+    ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(
-            help="NAME or NAME:key=value,...; repeatable; default dip", show_default=False
-        ),
+        typer.Option(help=f"{METHOD_HELP}; repeatable; default: dip", show_default=False),
     ] = None,
     density: Densities = None,
     calibration: Calibration = None,
@@ -124,19 +138,25 @@ def evaluate(
     Example: dipnet eval Qwen/Qwen3-0.6B --text test.txt --method dip --density 0.5 --out results
     """
     _check_outputs(plot, out)
-    requests = [parse_method(name) for name in method or ["dip"]]
-    densities = [check_density(value) for value in density or DENSITIES]
-    loaded = load(model, device, dtype)
+    requests = [parse_method(name) for name in unique(method or ["dip"])]
+    densities = _densities(requests, density)
+    _check_split(requests, fit_split)
+    quiet_libraries()
     from transformers import set_seed
 
     from dipnet.eval.report import Report
+    from dipnet.eval.texts import read_text
 
+    content = _text(model, Source(text, dataset, dataset_config, split, column))
+    calibrate_on = calibration_text(model, calibration)
+    fit_on = read_text(fit_split) if fit_split else None
+    loaded = load(model, device, dtype)
     setting = _setting(loaded, window, stride, dense_prompt, bos, batch_size)
-    measured = _text(loaded, Source(text, dataset, dataset_config, split, column))
+    measured = tokens_of(loaded, content)
     used = setting.first(measured.tokens, windows)
     jobs = plan_jobs(loaded, requests, densities)
-    fitted_on = calibration_text(loaded, calibration) if needs_calibration(jobs) else None
-    split_on = split_text(loaded, fit_split, setting.window) if fit_split else None
+    fitted_on = calibration_tokens(loaded, calibrate_on) if needs_calibration(jobs) else None
+    split_on = split_tokens(loaded, fit_on, setting.window) if fit_on else None
     set_seed(seed)
     rows = measure(loaded, jobs, used, setting, fitted_on, split_on)
     report = Report(loaded, measured, setting, setting.count(used), seed, rows, fitted_on, split_on)
@@ -151,6 +171,23 @@ def _check_outputs(plot: Path | None, folder: Path | None) -> None:
         check_writable(plot)
     if folder:
         check_writable(make_folder(folder) / JSON_NAME)
+
+
+def _densities(requests: Sequence[MethodRequest], asked: Sequence[float] | None) -> list[float]:
+    """The densities to measure at; InputError when they are given and no method takes one."""
+    densities = [check_density(value) for value in unique(asked or DENSITIES)]
+    if asked and not any(request.takes_density for request in requests):
+        names = ", ".join(request.label for request in requests)
+        raise InputError(f"--density has no effect on {names}: leave it out")
+    return densities
+
+
+def _check_split(requests: Sequence[MethodRequest], file: Path | None) -> None:
+    if file and not any(request.wants_split for request in requests):
+        raise InputError(
+            "--fit-split has no effect: of the methods, only dip and wina without a split of their "
+            "own have one to fit"
+        )
 
 
 def _setting(
@@ -169,23 +206,31 @@ def _setting(
     return Setting(tokens, stride or tokens, dense_prompt, token, batch_size)
 
 
-def _text(loaded: LoadedModel, source: Source) -> TokenText:
-    """The text to measure on, with its tokens."""
-    from dipnet.eval.texts import bundled_text, dataset_text, read_text
+def _text(model: str | None, source: Source) -> Text:
+    """The text to measure on."""
+    from dipnet.eval.texts import bundled_text, read_text
+    from dipnet.models.load import check_name
 
     if source.file and source.dataset:
         raise InputError("give either --text or --dataset, not both")
+    if source.dataset:
+        return _dataset_text(source.dataset, source)
+    if source.config or source.split or source.column:
+        raise InputError("--dataset-config, --split and --column go with --dataset: give that")
     if source.file:
-        text = read_text(source.file)
-    elif source.dataset:
-        text = dataset_text(
-            source.dataset, config=source.config, split=source.split, column=source.column
-        )
-    elif is_bundled(loaded):
-        text = bundled_text("heldout")
-    else:
-        raise InputError(f"what shall {loaded.name!r} be measured on? give --text or --dataset")
-    return tokens_of(loaded, text)
+        return read_text(source.file)
+    if model is None or is_bundled(model):
+        return bundled_text("heldout")
+    check_name(model)
+    raise InputError(f"what shall {model!r} be measured on? give --text or --dataset")
+
+
+def _dataset_text(name: str, source: Source) -> Text:
+    from dipnet.eval.texts import dataset_text
+
+    return dataset_text(
+        name, config=source.config, split=source.split or "test", column=source.column or "text"
+    )
 
 
 def _deliver(report: Report, *, json: bool, plot: Path | None, folder: Path | None) -> None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dipnet.cli.console import err, out, print_json, titled_table
-from dipnet.cli.inputs import check_window, load, split_text
-from dipnet.cli.methods import MethodRequest, parse_method
+from dipnet.cli.console import err, out, print_json, quiet_libraries, titled_table
+from dipnet.cli.inputs import check_window, load, split_tokens
+from dipnet.cli.methods import MethodRequest, parse_method, unique
 from dipnet.cli.options import Densities, Device, Dtype, Json, Model, Window
 from dipnet.errors import InputError
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dipnet.models.load import LoadedModel
 
 SCHEMA = "dipnet.fit-split/1"
+DEFAULT_DENSITY = 0.5
 
 
 def fit_split(
@@ -41,10 +42,14 @@ def fit_split(
 
     Example: dipnet fit-split --text valid.txt --density 0.5
     """
-    methods = [_method(parse_method(method), value) for value in density or [0.5]]
+    methods = _methods(parse_method(method), density)
+    quiet_libraries()
+    from dipnet.eval.texts import read_text
+
+    content = read_text(text)
     loaded = load(model, device, dtype)
     window = check_window(loaded, window)
-    used = split_text(loaded, text, window)
+    used = split_tokens(loaded, content, window)
     fits = [_fit(loaded, each, used.tokens, window) for each in methods]
     if json:
         about = {"schema": SCHEMA, "model": loaded.name, "method": method, "window": window}
@@ -54,13 +59,23 @@ def fit_split(
             _show(method, fit)
 
 
-def _method(request: MethodRequest, density: float) -> DIP:
-    """The method to fit; InputError when it has no split."""
+def _methods(request: MethodRequest, densities: list[float] | None) -> list[DIP]:
+    """The methods to fit, one for each density; the method's own one is enough."""
+    own = [DEFAULT_DENSITY if request.takes_density else None]
+    return [_method(request, density) for density in unique(densities or own)]
+
+
+def _method(request: MethodRequest, density: float | None) -> DIP:
+    """The method to fit; InputError when it has no split to find."""
     from dipnet.methods.dip import DIP
 
     built = request.build(density)
     if not isinstance(built, DIP):
         raise InputError(f"{request.label} has no split to fit: use dip or wina")
+    if built.density is None or built.split is not None:
+        raise InputError(
+            f"{request.label} says already how its density is divided: leave that out to fit it"
+        )
     return built
 
 

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from dipnet.cli.console import out, print_json, quiet_libraries, titled_table
-from dipnet.cli.methods import MethodRequest
+from dipnet.cli.console import note, out, print_json, quiet_libraries, titled_table
+from dipnet.cli.methods import MethodRequest, unique
 from dipnet.cli.options import Densities, Json, Model
 from dipnet.units import ATTENTION_MATRICES, MLP_MATRICES
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
     from dipnet.units import ModelSpec
 
 SCHEMA = "dipnet.info/1"
@@ -26,7 +29,7 @@ def info(model: Model = None, density: Densities = None, json: Json = False) -> 
 
     Example: dipnet info meta-llama/Llama-3.1-8B --density 0.5
     """
-    described = _describe(model, density or list(DENSITIES))
+    described = _describe(model, unique(density or DENSITIES))
     if json:
         print_json(described)
     else:
@@ -45,6 +48,8 @@ def _describe(name: str | None, densities: list[float]) -> dict[str, Any]:
     empty = empty_model(config)
     spec = describe(empty)
     dtype = config.get_text_config().dtype or torch.float32
+    if quantised := _quantised(config):
+        note(f"the checkpoint is quantised ({quantised}): bytes are as if in {_name(dtype)}")
     return {
         "schema": SCHEMA,
         "model": name or DEFAULT_MODEL,
@@ -52,7 +57,7 @@ def _describe(name: str | None, densities: list[float]) -> dict[str, Any]:
         "layers": spec.layers,
         "activation": spec.activation,
         "context": config.get_text_config().max_position_embeddings,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": _name(dtype),
         "parameters": empty.num_parameters(),
         "matrices": {name: list(shape) for name, shape in spec.matrices.items()},
         "sites": _sites(spec),
@@ -65,6 +70,19 @@ def _describe(name: str | None, densities: list[float]) -> dict[str, Any]:
         "bytes_per_token": [_bytes(spec, density, dtype.itemsize) for density in densities],
         "methods": _methods(spec),
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _quantised(config: PretrainedConfig) -> str | None:
+    """How a checkpoint is quantised, or None."""
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return None
+    kind = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+    return str(kind or "in an unknown way")
 
 
 def _sites(spec: ModelSpec) -> list[dict[str, Any]]:

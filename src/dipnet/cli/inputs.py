@@ -1,4 +1,7 @@
-"""What commands start from: the loaded model, the texts, and methods made ready on them."""
+"""What commands start from: the loaded model, and the texts that they measure and fit on.
+
+Texts are read by the model's name, before the model is loaded; they get its tokens afterwards.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ if TYPE_CHECKING:
     from dipnet.eval.texts import Text, TokenText
     from dipnet.models.load import LoadedModel
 
-MAX_WINDOW = 2048
 SPLIT_WINDOWS = 32
 """Windows of text on which a split is fitted: perplexity is flat between neighbouring splits."""
 
@@ -25,11 +27,20 @@ def load(name: str | None, device: str, dtype: str) -> LoadedModel:
     return load_model(name or DEFAULT_MODEL, device=device, dtype=dtype)
 
 
-def is_bundled(loaded: LoadedModel) -> bool:
-    """Whether the model comes with dipnet, and with texts to measure and fit on."""
+def is_bundled(name: str | None) -> bool:
+    """Whether a model comes with dipnet, and with texts to measure and fit on."""
     from dipnet.models.load import DEMO_MODELS
 
-    return loaded.name in DEMO_MODELS
+    return name is None or name in DEMO_MODELS
+
+
+def calibration_text(name: str | None, file: Path | None) -> Text | None:
+    """The text that methods are fitted on: ``file``, or the bundled one for a bundled model."""
+    from dipnet.eval.texts import bundled_text, read_text
+
+    if file:
+        return read_text(file)
+    return bundled_text("calibration") if is_bundled(name) else None
 
 
 def tokens_of(loaded: LoadedModel, text: Text) -> TokenText:
@@ -39,29 +50,25 @@ def tokens_of(loaded: LoadedModel, text: Text) -> TokenText:
     return TokenText(text, tokenize(loaded.tokenizer, text.content))
 
 
-def calibration_text(loaded: LoadedModel, file: Path | None) -> TokenText | None:
-    """The text that methods are fitted on: ``file``, or the bundled one for a bundled model."""
+def calibration_tokens(loaded: LoadedModel, text: Text | None) -> TokenText | None:
+    """As much of the calibration text as is enough, where there is one."""
     from dipnet.adapt.ready import CALIBRATION_TOKENS
-    from dipnet.eval.texts import bundled_text, read_text
 
-    if file is None and not is_bundled(loaded):
-        return None
-    text = read_text(file) if file else bundled_text("calibration")
-    return tokens_of(loaded, text).first(CALIBRATION_TOKENS)
+    return tokens_of(loaded, text).first(CALIBRATION_TOKENS) if text else None
 
 
-def split_text(loaded: LoadedModel, file: Path, window: int) -> TokenText:
-    """The text that splits are fitted on: as many windows of it as are enough."""
-    from dipnet.eval.texts import read_text
-
-    return tokens_of(loaded, read_text(file)).first(SPLIT_WINDOWS * window)
+def split_tokens(loaded: LoadedModel, text: Text, window: int) -> TokenText:
+    """As many windows of the text that splits are fitted on as are enough."""
+    return tokens_of(loaded, text).first(SPLIT_WINDOWS * window)
 
 
 def check_window(loaded: LoadedModel, window: int | None) -> int:
     """The window's tokens: as given, else the context, at most 2048."""
+    from dipnet.models.families import default_window
+
     if window is not None and window > loaded.context:
         raise InputError(
             f"--window {window} is longer than the context of {loaded.name!r}, "
             f"{loaded.context} tokens: give that or less"
         )
-    return window or min(loaded.context, MAX_WINDOW)
+    return window or default_window(loaded.model)

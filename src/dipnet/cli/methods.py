@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from dipnet.errors import InputError
 from dipnet.registry import method_class
@@ -13,6 +13,7 @@ from dipnet.registry import method_class
 if TYPE_CHECKING:
     from dipnet.methods.base import Method
 
+T = TypeVar("T")
 OWN_DENSITY = ("density", "input_density", "hidden_density")
 FLAGS = {"true": True, "false": False}
 KINDS = {float: "a number", int: "a whole number", bool: "true or false", str: "a word"}
@@ -31,6 +32,14 @@ class MethodRequest:
         """Whether a density belongs to it: it has one, and does not bring its own."""
         has_one = any(field.name == "density" for field in fields(method_class(self.name)))
         return has_one and not any(name in self.options for name in OWN_DENSITY)
+
+    @property
+    def wants_split(self) -> bool:
+        """Whether it is DIP-like and does not say how its density is divided."""
+        from dipnet.methods.dip import DIP
+
+        dip = issubclass(method_class(self.name), DIP)
+        return dip and not {"split", "input_density", "hidden_density"} & set(self.options)
 
     def build(self, density: float | None) -> Method:
         """The method at a density; InputError when it takes none or cannot have that one."""
@@ -53,6 +62,11 @@ def parse_method(text: str) -> MethodRequest:
             raise InputError(f"in {text!r}, {part!r} is no option of {name}; {_usage(name, known)}")
         options[key] = _read(text, key, value, known[key])
     return MethodRequest(text, name, options)
+
+
+def unique(values: Iterable[T]) -> list[T]:
+    """The values without repetitions, in order."""
+    return list(dict.fromkeys(values))
 
 
 def _option_types(cls: type[Method]) -> dict[str, type]:

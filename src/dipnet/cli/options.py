@@ -7,6 +7,14 @@ from typing import Annotated
 
 import typer
 
+from dipnet.registry import METHODS
+
+FLAG = ""
+"""The metavar of an option that takes no value: none."""
+METHOD_HELP = f"NAME or NAME:key=value,... of {', '.join(METHODS)} (docs/methods.md)"
+DENSITY_HELP = "Share of the MLP's weights to read (teal: of all the block's)"
+MAX_SEED = 2**32 - 1
+
 Model = Annotated[
     str | None,
     typer.Argument(
@@ -15,10 +23,13 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto: a GPU if there is one")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: the checkpoint's")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of everything random")]
+Json = Annotated[
+    bool,
+    typer.Option("--json", metavar=FLAG, help="Print one JSON object, and nothing else on stdout"),
+]
 Calibration = Annotated[
     Path | None,
     typer.Option(
@@ -36,5 +47,5 @@ Window = Annotated[
 ]
 Densities = Annotated[
     list[float] | None,
-    typer.Option("--density", help="Share of the MLP's weights to read; repeatable"),
+    typer.Option("--density", help=f"{DENSITY_HELP}; repeatable", show_default=False),
 ]

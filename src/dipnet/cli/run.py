@@ -8,16 +8,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dipnet.cli.console import err, note, print_json, stream
-from dipnet.cli.inputs import calibration_text, check_window, load
+from dipnet.cli.console import err, note, print_json, quiet_libraries, stream
+from dipnet.cli.inputs import calibration_text, calibration_tokens, check_window, load
 from dipnet.cli.methods import MethodRequest, parse_method
-from dipnet.cli.options import Calibration, Device, Dtype, Json, Model, Seed
+from dipnet.cli.options import (
+    DENSITY_HELP,
+    FLAG,
+    METHOD_HELP,
+    Calibration,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Seed,
+)
 from dipnet.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dipnet.eval.generate import Generation, Sampling
+    from dipnet.eval.texts import Text
     from dipnet.methods.base import Method
     from dipnet.models.load import LoadedModel
     from dipnet.models.usage import Density
@@ -40,18 +51,25 @@ def run(
         Path | None,
         typer.Option(metavar="FILE", help="Text to continue, from a file", show_default=False),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template")] = False,
-    method: Annotated[str, typer.Option(help="NAME or NAME:key=value,...")] = "dip",
+    chat: Annotated[
+        bool, typer.Option("--chat", metavar=FLAG, help="Apply the chat template")
+    ] = False,
+    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "dip",
     density: Annotated[
         float | None,
-        typer.Option(help="Share of the MLP's weights to read; default 0.5", show_default=False),
+        typer.Option(help=f"{DENSITY_HELP}; default {DEFAULT_DENSITY}", show_default=False),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to make")] = 128,
     prefill: Annotated[
         Prefill, typer.Option(help="Process the prompt dense or sparse")
     ] = Prefill.DENSE,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this mass")] = 1.0,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Draw from the likeliest tokens of this mass; default 1", show_default=False
+        ),
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -65,13 +83,16 @@ def run(
     Example: dipnet run Qwen/Qwen3-0.6B --chat --prompt "Why is the sky blue?"
     """
     request = parse_method(method)
+    planned = _plan(request, density)
     text = _prompt(prompt, prompt_file)
+    quiet_libraries()
+    sampling = _sampling(temperature, top_p, seed)
+    fitted_on = calibration_text(model, calibration)
     loaded = load(model, device, dtype)
-    from dipnet.eval.generate import Sampling, encode_prompt
+    from dipnet.eval.generate import encode_prompt
 
-    sampling = Sampling(temperature, top_p, seed=seed)
     tokens = encode_prompt(loaded, text, chat=chat)
-    chosen = _ready(loaded, request, density, calibration)
+    chosen = _ready(loaded, planned, fitted_on)
     made = _generate(loaded, chosen, tokens, max_new_tokens, prefill, sampling, show=not json)
     if json:
         print_json({**_about(loaded, request, chosen, text, prefill, sampling), **_figures(*made)})
@@ -90,16 +111,27 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     return read_text(file).content
 
 
-def _ready(
-    loaded: LoadedModel, request: MethodRequest, density: float | None, calibration: Path | None
-) -> Method:
-    """The method that was asked for, calibrated where it needs that."""
-    from dipnet.adapt.ready import Fitter
-
+def _plan(request: MethodRequest, density: float | None) -> Method:
+    """The method that was asked for, not yet calibrated."""
     if density is None and request.takes_density:
         density = DEFAULT_DENSITY
-    method = request.build(density)
-    text = calibration_text(loaded, calibration) if method.needs_calibration else None
+    return request.build(density)
+
+
+def _sampling(temperature: float, top_p: float | None, seed: int) -> Sampling:
+    """How tokens are drawn; InputError for a top-p that greedy decoding would ignore."""
+    from dipnet.eval.generate import Sampling
+
+    if top_p is not None and temperature == 0:
+        raise InputError("--top-p has no effect at temperature 0: give --temperature too")
+    return Sampling(temperature, 1.0 if top_p is None else top_p, seed=seed)
+
+
+def _ready(loaded: LoadedModel, method: Method, fitted_on: Text | None) -> Method:
+    """The method, calibrated where it needs that."""
+    from dipnet.adapt.ready import Fitter
+
+    text = calibration_tokens(loaded, fitted_on) if method.needs_calibration else None
     window = check_window(loaded, None)
     return Fitter(loaded.model, window, text.tokens if text else None)(method)
 
@@ -145,14 +177,15 @@ def _about(
 ) -> dict[str, Any]:
     """What was asked for, for the JSON."""
     from dipnet.eval.report import model_json, versions
-    from dipnet.eval.sweep import plain_parameters
+    from dipnet.eval.sweep import resolved_parameters
+    from dipnet.models.families import describe
 
     return {
         "schema": SCHEMA,
         "versions": versions(),
         "model": model_json(loaded),
         "method": request.label,
-        "parameters": plain_parameters(method),
+        "parameters": resolved_parameters(method, describe(loaded.model)),
         "prefill": prefill.value,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,

@@ -88,7 +88,7 @@ def measure(
             progress=lambda windows: progress.advance(task, windows),
         )
         measured = list(rows)
-    _check_any(measured[1:])
+    _check_any(measured[1:] or measured)
     return measured
 
 

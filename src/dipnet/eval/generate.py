@@ -8,15 +8,18 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     TextStreamer,
     set_seed,
@@ -54,7 +57,6 @@ class Sampling:
 
     temperature: float = 0.0
     top_p: float = 1.0
-    repetition_penalty: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -71,7 +73,6 @@ class Sampling:
             "temperature": self.temperature if drawn else 1.0,
             "top_p": self.top_p if drawn else 1.0,
             "top_k": 0 if drawn else 50,
-            **({"repetition_penalty": self.repetition_penalty} if self.repetition_penalty else {}),
         }
 
 
@@ -121,7 +122,7 @@ def generate(
     stream = _Stream(loaded.tokenizer, write)
     set_seed(sampling.seed)
     start = time.perf_counter()
-    with torch.no_grad():
+    with torch.no_grad(), _only_asked(loaded.model):
         output = loaded.model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
@@ -140,6 +141,17 @@ def generate(
         decode_seconds=stream.last - stream.first,
         ended=int(new[-1]) in _end_tokens(loaded),
     )
+
+
+@contextmanager
+def _only_asked(model: PreTrainedModel) -> Iterator[None]:
+    """Keep a checkpoint's own generation settings (penalties, beams) out: only the end of text."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def peak_memory(device: torch.device) -> int:

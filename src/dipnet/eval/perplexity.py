@@ -15,6 +15,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from dipnet.errors import InputError
+from dipnet.models.attach import attached_prefill
+from dipnet.models.families import context_length, default_window
 
 LOGIT_ROWS = 256
 """Positions whose logits are held in float32 at a time: 128 MB at a vocabulary of 128 k."""
@@ -56,21 +58,26 @@ def perplexity(
     model: PreTrainedModel,
     tokens: Tensor,
     *,
-    window: int = 512,
+    window: int | None = None,
     stride: int | None = None,
     prompt: int = 0,
     bos: int | None = None,
     batch_size: int = 1,
     progress: Callable[[int], object] | None = None,
 ) -> Perplexity:
-    """Measure ``model`` on (n,) integer ``tokens`` in windows of ``window`` tokens.
+    """Measure ``model`` on (n,) or (1, n) integer ``tokens`` in windows of ``window`` tokens,
+    by default its context (at most 2048).
 
     Without ``stride`` the windows do not overlap, and the first token of each is not scored unless
     it follows ``bos``, which takes one of the window's places. ``progress`` is called with the
-    number of windows done. Raises InputError when the text has no token to score or the logits are
-    not finite.
+    number of windows done. Raises InputError when the text has no token to score, a window is
+    longer than the model's context, a sparsified model would process whole windows dense, or the
+    logits are not finite.
     """
+    window = default_window(model) if window is None else window
     stride = window if stride is None else stride
+    tokens = tokens.flatten()
+    _check_call(model, window, batch_size)
     plan = _plan(len(tokens), window, stride, prompt, bos is not None)
     if not plan:
         raise InputError(
@@ -89,6 +96,19 @@ def perplexity(
         if progress:
             progress(len(batch))
     return Perplexity(total / scored, scored, len(plan), window, stride, prompt, bos is not None)
+
+
+def _check_call(model: PreTrainedModel, window: int, batch_size: int) -> None:
+    context = context_length(model)
+    if window > context:
+        raise InputError(f"a window of {window} tokens is longer than the context of {context}")
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    if attached_prefill(model) == "dense":
+        raise InputError(
+            "with prefill='dense' a whole window counts as prompt and nothing is pruned: "
+            "sparsify with prefill='sparse', or with the number of tokens that are prompt"
+        )
 
 
 def count_windows(

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from dipnet.eval.sweep import Row
+from dipnet.eval.sweep import Measured, Row
 
 matplotlib.use("Agg")
 
@@ -21,6 +21,8 @@ MARKERS = "osD^vPX*<>"
 TICKS = (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8)
 BOUNDS = ("glu-oracle",)
 """Methods that know what no program can know: drawn, but never the best choice."""
+ALL = 0.9999
+"""A share of attention's weights above this is all of them; a threshold may drop an odd zero."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,22 @@ class Panel:
 
 @dataclass(frozen=True)
 class Point:
-    """One measured row: the share of the MLP's weights read, and the perplexity."""
+    """One measured row: the share of the MLP's weights read, and the perplexity.
+
+    ``comparable`` is false for a row that no program could have (a bound), or that prunes attention
+    too, which the axis does not show.
+    """
 
     label: str
     density: float
     perplexity: float
+    comparable: bool
 
 
 def draw(panels: Sequence[Panel]) -> bytes:
     """A PNG with one panel a model, side by side."""
     figure = Figure(figsize=(6.4 * len(panels), 4.8), dpi=150, layout="constrained")
-    colors = _colors(row.label for panel in panels for row in panel.rows[1:])
+    colors = _colors(point.label for panel in panels for point in _points(panel.rows)[1:])
     for number, panel in enumerate(panels):
         _draw_panel(figure.add_subplot(1, len(panels), number + 1), panel, colors)
     image = io.BytesIO()
@@ -70,11 +77,17 @@ def _colors(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def _points(rows: Iterable[Row]) -> list[Point]:
-    return [
-        Point(row.label, row.measured.density.mlp, row.measured.perplexity.perplexity)
-        for row in rows
-        if row.measured is not None
-    ]
+    return [_point(row.label, row.measured) for row in rows if row.measured is not None]
+
+
+def _point(label: str, measured: Measured) -> Point:
+    attention = measured.density.attention < ALL
+    return Point(
+        f"{label} (attention too)" if attention else label,
+        measured.density.mlp,
+        measured.perplexity.perplexity,
+        comparable=label not in BOUNDS and not attention,
+    )
 
 
 def _draw_panel(axes: Axes, panel: Panel, styles: dict[str, tuple[str, str]]) -> None:
@@ -83,7 +96,7 @@ def _draw_panel(axes: Axes, panel: Panel, styles: dict[str, tuple[str, str]]) ->
     for label in dict.fromkeys(point.label for point in points):
         line = sorted((p for p in points if p.label == label), key=lambda p: p.density)
         _draw_line(axes, line, styles[label], bound=label in BOUNDS)
-    _mark_best(axes, pareto(p for p in points if p.label not in BOUNDS))
+    _mark_best(axes, pareto(p for p in points if p.comparable))
     axes.annotate(
         f"dense {dense.perplexity:.1f}",
         (0.01, dense.perplexity),

@@ -20,7 +20,17 @@ from dipnet.models.usage import Density
 
 SCHEMA = "dipnet.eval/1"
 DASH = "–"
-COLUMNS = ("asked", "MLP density", "all weights", "perplexity", "× dense", "tokens", "seconds")
+COLUMNS = (
+    "asked",
+    "MLP",
+    "attention",
+    "all weights",
+    "perplexity",
+    "× dense",
+    "tokens",
+    "seconds",
+)
+"""The density asked for; the shares of weights read of each part; the rest."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +81,12 @@ def table(report: Report) -> Table:
 def _cells(row: Row, dense: float) -> list[str]:
     asked = DASH if row.density is None else f"{row.density:g}"
     if row.measured is None:
-        return [asked, *[DASH] * 6]
+        return [asked, *[DASH] * (len(COLUMNS) - 1)]
     measured = row.measured
     return [
         asked,
         f"{measured.density.mlp:.3f}",
+        f"{measured.density.attention:.3f}",
         f"{measured.density.total:.3f}",
         f"{measured.perplexity.perplexity:.2f}",
         f"{measured.perplexity.perplexity / dense:.3f}",

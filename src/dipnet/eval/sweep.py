@@ -19,6 +19,7 @@ from dipnet.eval.perplexity import Perplexity, count_windows, leading_tokens, pe
 from dipnet.methods.base import Method
 from dipnet.methods.dense import Dense
 from dipnet.models.attach import sparsify, usage
+from dipnet.models.families import describe
 from dipnet.models.usage import Density
 from dipnet.units import ModelSpec
 
@@ -146,15 +147,21 @@ def _row(
         return Row(job.label, job.density, None, str(error))
     fitted = time.perf_counter()
     with attached:
-        result = measure(attached, tokens, setting, progress)
+        try:
+            result = measure(attached, tokens, setting, progress)
+        except InputError as error:
+            if job is DENSE:  # there would be nothing to compare with
+                raise
+            return Row(job.label, job.density, None, str(error))
         density = usage(attached).density()
-    seconds = time.perf_counter() - fitted
-    parameters = plain_parameters(method)
-    return Row(
-        job.label,
-        job.density,
-        Measured(result, density, parameters, seconds, fitted - start),
+    measured = Measured(
+        result,
+        density,
+        resolved_parameters(method, describe(model)),
+        seconds=time.perf_counter() - fitted,
+        fit_seconds=fitted - start,
     )
+    return Row(job.label, job.density, measured)
 
 
 def measure(
@@ -176,7 +183,8 @@ def measure(
     )
 
 
-def plain_parameters(method: Method) -> dict[str, Any]:
-    """The fields of a method that are numbers, words or flags, and set."""
+def resolved_parameters(method: Method, spec: ModelSpec) -> dict[str, Any]:
+    """What a method was set to: its plain fields, and the unit densities its sites aim at."""
     values = {field.name: getattr(method, field.name) for field in fields(method)}
-    return {name: value for name, value in values.items() if isinstance(value, float | int | str)}
+    plain = {name: value for name, value in values.items() if isinstance(value, float | int | str)}
+    return {**plain, "site_densities": {s.name: s.density for s in method.sites(spec)}}

@@ -139,8 +139,8 @@ class Method(ABC):
             )
         if not self.calibrated_for(spec):
             raise InputError(
-                f"this {self.name} was calibrated on a model of another shape: "
-                f"calibrate it on this one"
+                f"this {self.name} was calibrated for a model of another shape or at another "
+                f"density: calibrate it again"
             )
 
 
@@ -156,14 +156,17 @@ class TopK(Method):
 class Threshold(Method):
     """Keeps the units whose score exceeds the threshold calibrated for their site."""
 
-    thresholds: Mapping[SiteKey, float] | None = field(default=None, kw_only=True, repr=False)
+    thresholds: Mapping[SiteKey, float] | None = field(
+        default=None, kw_only=True, repr=False, compare=False
+    )
+    calibrated_sites: tuple[Site, ...] = field(default=(), kw_only=True, repr=False, compare=False)
 
     @property
     def needs_calibration(self) -> bool:
         return self.thresholds is None
 
     def calibrated_for(self, spec: ModelSpec) -> bool:
-        return set(self.thresholds or ()) == {(site.layer, site.name) for site in self.sites(spec)}
+        return self.calibrated_sites == self.sites(spec)
 
     def select(self, site: Site, scores: Tensor) -> Tensor:
         assert self.thresholds is not None, "check() comes first"

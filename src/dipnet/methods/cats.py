@@ -31,6 +31,7 @@ class CATS(NeuronPruning, Threshold):
         sites = self.sites(calibration.spec)
         return replace(
             self,
+            calibrated_sites=sites,
             thresholds={
                 (site.layer, site.name): scores[site.layer, site.name].threshold(site.density)
                 for site in sites

@@ -56,7 +56,8 @@ class TEAL(Threshold):
         for block in calibration.blocks(ALLOCATION_TOKENS):
             sites = self.layer_sites(calibration.spec, block.layer)
             thresholds |= self._allocate(block, sites, scores)
-        return replace(self, thresholds=thresholds)
+        sites = self.sites(calibration.spec)
+        return replace(self, thresholds=thresholds, calibrated_sites=sites)
 
     def _allocate(
         self, block: Block, sites: tuple[Site, ...], scores: Mapping[SiteKey, Scores]

@@ -33,7 +33,12 @@ class Wanda(Method):
     name: ClassVar[str] = "wanda"
     density: float = 0.5
     pattern: str = "unstructured"
-    masks: Mapping[tuple[int, str], Tensor] = field(default_factory=dict, kw_only=True, repr=False)
+    masks: Mapping[tuple[int, str], Tensor] = field(
+        default_factory=dict, kw_only=True, repr=False, compare=False
+    )
+    calibrated_at: tuple[float, str] | None = field(
+        default=None, kw_only=True, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         check_density(self.density)
@@ -54,7 +59,8 @@ class Wanda(Method):
             for layer in range(spec.layers)
             for matrix in spec.mlp_matrices
         }
-        return shapes == {key: tuple(mask.shape) for key, mask in self.masks.items()}
+        fitting = shapes == {key: tuple(mask.shape) for key, mask in self.masks.items()}
+        return fitting and self.calibrated_at == (self.density, self.pattern)
 
     def sites(self, spec: ModelSpec) -> tuple[Site, ...]:
         return ()
@@ -73,7 +79,7 @@ class Wanda(Method):
                 weight = calibration.weights.matrix(block.layer, matrix)
                 masks[block.layer, matrix] = self.mask(weight, norms[matrix])
             block.pass_on(replace(self, masks=masks))
-        return replace(self, masks=masks)
+        return replace(self, masks=masks, calibrated_at=(self.density, self.pattern))
 
     def mask(self, weight: Tensor, input_norm: Tensor) -> Tensor:
         """(outputs, inputs) weights, (inputs,) norms -> (outputs, inputs) bool."""
@@ -88,4 +94,4 @@ class Wanda(Method):
 
     def added_weights(self, spec: ModelSpec) -> int:
         """Where the kept weights are: one bit for each weight, in units of 16-bit weights."""
-        return spec.layers * spec.mlp_weights // 16
+        return spec.layers * spec.mlp_weights // 16 if self.density < 1 else 0

@@ -23,7 +23,9 @@ class WINA(DIP):
     """
 
     name: ClassVar[str] = "wina"
-    norms: Mapping[SiteKey, Tensor] = field(default_factory=dict, kw_only=True, repr=False)
+    norms: Mapping[SiteKey, Tensor] = field(
+        default_factory=dict, kw_only=True, repr=False, compare=False
+    )
 
     def prepare(self, weights: Weights, spec: ModelSpec) -> Self:
         norms = {(site.layer, site.name): column_norms(weights, site) for site in self.sites(spec)}

@@ -35,11 +35,16 @@ def sparsify(model: Model, method: Method, *, prefill: Prefill = "sparse") -> Mo
     same at any time, exactly: the weights are never written. ``prefill`` says how a prompt is
     processed: "sparse" like every other token, "dense", or the number of leading positions of
     each sequence that stay dense. "dense" takes as prompt what the first forward call of a
-    sequence holds (with an empty key/value cache).
+    sequence holds (with an empty key/value cache). Move or cast the model before, not while it is
+    sparsified: what the method derived from the weights stays where it was made.
 
     Raises InputError when the family is unknown, the method cannot work on it or lacks its
     calibration, or the model is sparsified already; the model is then unchanged.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"model is a transformers model, not {type(model).__name__}")
+    if not isinstance(method, Method):
+        raise InputError(f"method is a method such as dipnet.DIP(density=0.5), not {method!r}")
     check_dense(model)
     attachment = Attachment(model, method, prefill)
     attachment.attach()
@@ -64,6 +69,15 @@ def usage(model: PreTrainedModel) -> Usage:
     if not hasattr(model, _ATTACHED):
         raise InputError("the model is not sparsified: call dipnet.sparsify(model, method) first")
     return cast(Usage, getattr(model, _ATTACHED).usage)
+
+
+def attached_prefill(model: PreTrainedModel) -> Prefill | None:
+    """How a sparsified model processes a prompt; None for a dense model."""
+    return (
+        cast(Prefill, getattr(model, _ATTACHED).tokens.prefill)
+        if hasattr(model, _ATTACHED)
+        else None
+    )
 
 
 class Attachment:
@@ -91,15 +105,16 @@ class Attachment:
         self.layers = range(self.decoder.spec.layers) if layers is None else layers
         self.tokens = TokenState(prefill)
         self.usage = Usage(self.method, self.decoder.spec)
-        self._signature = inspect.signature(type(model).forward)
+        self._signature = inspect.signature(type(model.get_decoder()).forward)
         self._undo: list[Callable[[], None]] = []
 
     def attach(self) -> None:
         """Hook every site and swap in statically pruned weights; all or nothing."""
         try:
             self._enter_context_class()
-            self._hook(self.model, self._begin_call)
-            end = self.model.register_forward_hook(self._end_call, always_call=True)
+            decoder = self.model.get_decoder()
+            self._hook(decoder, self._begin_call)
+            end = decoder.register_forward_hook(self._end_call, always_call=True)
             self._undo.append(end.remove)
             for site in self.usage.sites.values():
                 if site.layer in self.layers:
@@ -136,15 +151,17 @@ class Attachment:
         handle = module.register_forward_pre_hook(change, with_kwargs=True)
         self._undo.append(handle.remove)
 
-    def _begin_call(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = self._signature.bind_partial(self.model, *args, **kwargs).arguments
+    def _begin_call(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = self._signature.bind_partial(module, *args, **kwargs).arguments
         inputs = given.get("input_ids")
-        inputs = given["inputs_embeds"] if inputs is None else inputs
+        inputs = given.get("inputs_embeds") if inputs is None else inputs
+        if inputs is None:  # the decoder itself says what is missing
+            return
         self.tokens.begin(inputs, given.get("attention_mask"), given.get("past_key_values"))
         self.usage.count_tokens(self.tokens.sparse_tokens(inputs))
 
     def _end_call(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        self.tokens.clear()
+        self.tokens.running = False
 
     def _attach_site(self, site: Site) -> None:
         family = self.decoder.family
@@ -207,7 +224,8 @@ class SiteMask:
 
     def see(self, part: slice | None, _module: nn.Module, _args: Any, output: Tensor) -> None:
         """Torch's forward hook: keep the activation that the score reads."""
-        self.scored = output if part is None else output[..., part]
+        if not self.tokens.all_dense:  # else it would be kept, and never used
+            self.scored = output if part is None else output[..., part]
 
     def prune(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., n): decide the mask, count it, apply it."""
@@ -225,4 +243,4 @@ class SiteMask:
     @staticmethod
     def _per_token(flags: Tensor | None, mask: Tensor) -> Tensor | None:
         """(batch, tokens) flags in the leading shape of ``mask``: OPT flattens the two."""
-        return None if flags is None else flags.reshape(mask.shape[:-1])
+        return None if flags is None else flags.reshape(mask.shape[:-1]).to(mask.device)

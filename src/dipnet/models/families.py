@@ -6,6 +6,7 @@ and name it in tests/families.py (docs/adding-a-family.md).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -102,6 +103,8 @@ class Decoder:
         self.model = model
         self.family = FAMILIES[name]
         self.layers = cast(nn.ModuleList, model.get_decoder().layers)
+        if not self.layers:
+            raise InputError("this model has no layers: check num_hidden_layers in its config.json")
         self.sizes = _outputs(model.config.get_text_config())
         self.spec = self._spec(name)
 
@@ -171,6 +174,17 @@ class Decoder:
 def describe(model: PreTrainedModel) -> ModelSpec:
     """The shapes of a loaded model; InputError when its family is unknown."""
     return Decoder(model).spec
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """The longest sequence, in tokens, that a model takes; no limit where its config has none."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", sys.maxsize))
+
+
+def default_window(model: PreTrainedModel) -> int:
+    """The window that texts are read in: the model's context, at most 2048 tokens."""
+    return min(context_length(model), 2048)
 
 
 def _outputs(config: PretrainedConfig) -> dict[str, int]:

@@ -6,9 +6,11 @@ safetensors only, never pickle; code from a checkpoint is never run.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,14 +24,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dipnet.errors import InputError
+from dipnet.errors import DipnetError, InputError
 from dipnet.models.compact import is_compact, read_compact
-from dipnet.models.families import family_name
+from dipnet.models.families import context_length, family_name
+from dipnet.registry import unknown
 
 DEMO_FOLDER = Path(__file__).parent.parent / "demo"
 DEMO_MODELS = {"demo-swiglu": "swiglu", "demo-relu": "relu"}
 DEFAULT_MODEL = "demo-swiglu"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
+_SOURCES = (
+    "give a local folder with config.json and safetensors weights, a hub id, or one of "
+    + ", ".join(DEMO_MODELS)
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class LoadedModel:
     @property
     def context(self) -> int:
         """The longest sequence, in tokens, that the model takes."""
-        return int(self.model.config.get_text_config().max_position_embeddings)
+        return context_length(self.model)
 
     @property
     def dtype(self) -> str:
@@ -59,19 +67,15 @@ def load_model(
     ``device`` "auto" takes a GPU when there is one; ``dtype`` "auto" the checkpoint's own. Raises
     InputError when the model cannot be found or read, or its family is unknown to dipnet.
     """
-    config = load_config(name)
-    family_name(config)
     chosen_device = check_device(device)
     chosen_dtype = _dtype(dtype)
+    config = load_config(name)
+    family_name(config)
+    tokenizer = _tokenizer(name)
     if name in DEMO_MODELS:
         model = _load_demo(DEMO_FOLDER / DEMO_MODELS[name], config, chosen_dtype)
-        tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER / "tokenizer")
     else:
-        _check_weights(Path(name))
-        model = _from_pretrained(
-            AutoModelForCausalLM, name, dtype=chosen_dtype or "auto", use_safetensors=True
-        )
-        tokenizer = _from_pretrained(AutoTokenizer, name)
+        model = _load_checkpoint(name, chosen_dtype)
     return LoadedModel(name, model.to(chosen_device).eval(), tokenizer)
 
 
@@ -79,14 +83,34 @@ def load_config(name: str) -> PretrainedConfig:
     """The Hugging Face config of ``name``, without its weights."""
     if name in DEMO_MODELS:
         return AutoConfig.from_pretrained(DEMO_FOLDER / DEMO_MODELS[name])
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise InputError(f"{name!r} holds no config.json: it is not a Hugging Face checkpoint")
-    return _from_pretrained(AutoConfig, name)
+    check_name(name)
+    remedy = "correct its config.json" if Path(name).is_dir() else _SOURCES
+    with _in_one_line(f"cannot load {name!r}", remedy):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+def check_name(name: str) -> None:
+    """Raise InputError when ``name`` can be neither a hub id nor a checkpoint's folder."""
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{name!r} holds no config.json: it is no checkpoint ({_SOURCES})")
+    elif folder.is_file():
+        raise InputError(f"{name!r} is a file: give the checkpoint's folder")
+    elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise InputError(f"there is no folder {name!r}: {_SOURCES}")
+    elif name.startswith("demo-"):
+        raise unknown("model", name, DEMO_MODELS, " Or give a hub id or a local folder.")
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a config without storage for its weights: for its shapes only."""
-    with torch.device("meta"):
+    """The model of a config without storage for its weights: for its shapes only.
+
+    Raises InputError when the family is unknown to dipnet, or the config makes no model.
+    """
+    family = family_name(config)
+    wrong = f"cannot make a {family} model of this config"
+    with _in_one_line(wrong, "correct config.json"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
@@ -94,11 +118,15 @@ def check_device(device: str) -> torch.device:
     """The torch device of a name; "auto" is a GPU when there is one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not _DEVICE.fullmatch(device):
+        raise InputError(f"unknown device {device!r}; known: auto, cpu, cuda, cuda:1, ..., mps")
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device!r} cannot be used here: {_first_line(error)}") from None
+        raise InputError(
+            f"device {device!r} cannot be used here: {_reason(error)}; use --device cpu"
+        ) from None
     return chosen
 
 
@@ -126,15 +154,55 @@ def _load_demo(
     return model.to(dtype or torch.float32)
 
 
-def _from_pretrained(cls: Any, name: str, **options: Any) -> Any:
-    """``cls.from_pretrained`` without remote code, and with its failures as one-line errors."""
-    try:
-        return cls.from_pretrained(name, trust_remote_code=False, **options)
-    except (OSError, ValueError, SafetensorError, RuntimeError, KeyError) as error:
+def _load_checkpoint(name: str, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model of a folder or hub id; InputError when not every weight comes from it."""
+    _check_weights(Path(name))
+    remedy = "download the checkpoint again" if Path(name).is_dir() else _SOURCES
+    with _in_one_line(f"cannot load {name!r}", remedy):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, as an error of ours
+        )
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    for key in sorted(set(found["missing_keys"]) - tied):
         raise InputError(
-            f"cannot load {name!r}: {_first_line(error)} (give a local folder with config.json and "
-            f"safetensors weights, a hub id, or one of {', '.join(DEMO_MODELS)})"
-        ) from None
+            f"the checkpoint {name!r} lacks the weights {key!r}: download or convert it again"
+        )
+    for key, stored, expected in sorted(found["mismatched_keys"]):
+        raise InputError(
+            f"{key!r} has the shape {tuple(stored)} in the checkpoint {name!r}, and its config "
+            f"says {tuple(expected)}: correct config.json or download the checkpoint again"
+        )
+    return model
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; InputError when there is none or it knows no words."""
+    source = DEMO_FOLDER / "tokenizer" if name in DEMO_MODELS else name
+    wrong = f"cannot load the tokenizer of {name!r}"
+    remedy = "tokenizer.json and tokenizer_config.json belong beside config.json"
+    with _in_one_line(wrong, remedy):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        if not tokenizer.encode("the", add_special_tokens=False):
+            raise InputError(f"{wrong}: it has no vocabulary ({remedy})")
+    return tokenizer
+
+
+@contextmanager
+def _in_one_line(message: str, remedy: str) -> Iterator[None]:
+    """Turn whatever Hugging Face raises for a broken checkpoint into an error of ours."""
+    try:
+        yield
+    except DipnetError:
+        raise
+    except ImportError as error:  # says itself what to install
+        raise InputError(f"{message}: {_reason(error)}") from None
+    except Exception as error:
+        raise InputError(f"{message}: {_reason(error)} ({remedy})") from None
 
 
 def _check_weights(folder: Path) -> None:
@@ -165,9 +233,12 @@ def _check_safetensors(path: Path) -> None:
             file.keys()
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"{path} is truncated or damaged ({_first_line(error)}): download it again"
+            f"{path} is truncated or damaged ({_reason(error)}): download it again"
         ) from None
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _reason(error: BaseException) -> str:
+    """What went wrong: the first line of the error, or two when it announces the second."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    said = " ".join(lines[: 1 + lines[0].endswith(":")]).rstrip(".,")
+    return f"{said} is unknown" if isinstance(error, KeyError) else said

@@ -30,16 +30,17 @@ class TokenState:
 
     ``dense`` is a (batch, tokens) bool of prompt tokens that stay dense, or None when there are
     none; ``counted`` the (batch, tokens) bool of tokens whose units are counted, or None for all.
-    ``all_dense`` says that no token of the call is pruned; ``running`` that there is a call.
+    ``all_dense`` says that no token of the call is pruned. ``running`` says that the call has not
+    ended: what activation checkpointing computes again later is masked as in the call, and not
+    counted.
     """
 
     def __init__(self, prefill: Prefill) -> None:
         self.prefill = check_prefill(prefill)
-        self.prompt = prefill if isinstance(prefill, int) else 0
         self.clear()
 
     def clear(self) -> None:
-        """Between calls of the model: a decoder used by itself is pruned, and not counted."""
+        """Before the first call: every token is pruned, none is counted."""
         self.running = False
         self.dense: Tensor | None = None
         self.counted: Tensor | None = None
@@ -54,17 +55,19 @@ class TokenState:
         self.clear()
         self.running = True
         batch, tokens = inputs.shape[:2]
-        if isinstance(padding, Tensor) and padding.dim() == 2:
-            self.counted = padding[:, -tokens:].bool()
+        real = padding.bool() if isinstance(padding, Tensor) and padding.dim() == 2 else None
+        self.counted = None if real is None else real[:, -tokens:]
         if self.prefill == "sparse":
             return
         past = int(cache.get_seq_length()) if cache is not None else 0
-        if past == 0 and self.prefill == "dense":
-            self.prompt = tokens
-        dense = max(0, min(tokens, self.prompt - past))
-        self.all_dense = dense == tokens
-        if dense:
-            self._keep_dense(torch.arange(tokens, device=inputs.device).expand(batch, -1) < dense)
+        whole = tokens if past == 0 else 0
+        prompt = whole if self.prefill == "dense" else self.prefill - past
+        self.all_dense = prompt >= tokens
+        if real is not None and not self.all_dense and self.prefill != "dense":
+            # Each sequence's own positions: padding in front of it is none of its prompt.
+            self._keep_dense(real.cumsum(dim=1)[:, -tokens:] <= self.prefill)
+        elif prompt > 0:
+            self._keep_dense(torch.arange(tokens, device=inputs.device).expand(batch, -1) < prompt)
 
     def _keep_dense(self, dense: Tensor) -> None:
         self.dense = dense

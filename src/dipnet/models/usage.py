@@ -19,8 +19,9 @@ class Density:
 
     ``mlp`` and ``attention`` are shares of those matrices' weights; ``total`` is the share of
     everything that the dense model reads for a token, and includes ``added``: what the method
-    itself reads, over the same denominator. ``mlp_by_layer`` has one entry for each layer;
-    ``sites`` maps ``layer.site`` to the share of units kept.
+    itself reads, over the same denominator. The ``_by_layer`` shares have one entry for each
+    layer; ``total_by_layer`` is of its MLP's and attention's weights together. ``sites`` maps
+    ``layer.site`` to the share of units kept.
     """
 
     tokens: int
@@ -29,6 +30,8 @@ class Density:
     total: float
     added: float
     mlp_by_layer: tuple[float, ...]
+    attention_by_layer: tuple[float, ...]
+    total_by_layer: tuple[float, ...]
     sites: dict[str, float]
 
 
@@ -72,6 +75,11 @@ class Usage:
             total=all_read / self.spec.weights_per_token,
             added=added / self.spec.weights_per_token,
             mlp_by_layer=tuple(read / self.spec.mlp_weights for read in mlp),
+            attention_by_layer=tuple(read / self.spec.attention_weights for read in attention),
+            total_by_layer=tuple(
+                (of_mlp + of_attention) / (self.spec.mlp_weights + self.spec.attention_weights)
+                for of_mlp, of_attention in zip(mlp, attention, strict=True)
+            ),
             sites={
                 f"{layer}.{name}": kept[layer, name] / site.units
                 for (layer, name), site in self.sites.items()
