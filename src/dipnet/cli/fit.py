@@ -83,6 +83,7 @@ def _fit(loaded: LoadedModel, method: DIP, tokens: Tensor, window: int) -> dict[
     """The best split at the method's density, and all that were tried."""
     import dipnet
     from dipnet.adapt.split import CANDIDATES
+    from dipnet.eval.texts import bos_token
     from dipnet.methods.dip import split_density
     from dipnet.models.families import describe
 
@@ -94,6 +95,7 @@ def _fit(loaded: LoadedModel, method: DIP, tokens: Tensor, window: int) -> dict[
             method,
             tokens,
             window=window,
+            bos=bos_token(loaded.tokenizer),
             progress=lambda split, _: status.update(f"density {method.density:g}, split {split:g}"),
         )[1]
     tried = []

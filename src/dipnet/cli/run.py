@@ -130,10 +130,12 @@ def _sampling(temperature: float, top_p: float | None, seed: int) -> Sampling:
 def _ready(loaded: LoadedModel, method: Method, fitted_on: Text | None) -> Method:
     """The method, calibrated where it needs that."""
     from dipnet.adapt.ready import Fitter
+    from dipnet.eval.texts import bos_token
 
     text = calibration_tokens(loaded, fitted_on) if method.needs_calibration else None
     window = check_window(loaded, None)
-    return Fitter(loaded.model, window, text.tokens if text else None)(method)
+    tokens = text.tokens if text else None
+    return Fitter(loaded.model, window, tokens, bos=bos_token(loaded.tokenizer))(method)
 
 
 def _generate(

@@ -74,6 +74,7 @@ def measure(
         calibration.tokens if calibration else None,
         split_text.tokens if split_text else None,
         setting.batch_size,
+        setting.bos,
     )
     runnable = sum(job.method is not None for job in jobs)
     with _progress() as progress:
