@@ -51,13 +51,11 @@ def test_every_score_exceeds_that_of_density_one(values: list[float]) -> None:
     assert (torch.tensor(values) > made.threshold(1.0)).all()
 
 
-@pytest.mark.parametrize("density", [0.5, 0.7, 0.99])
+@pytest.mark.parametrize("density", [0.51, 0.7, 0.99])
 def test_zeros_are_never_kept_for_the_sake_of_the_density(density: float) -> None:
     """Half of these are zero, as in a ReLU model: the other half is all there is to keep."""
     values = torch.cat([torch.zeros(500), torch.linspace(0.1, 1, 500)])
-    kept = (values > histogram(values).threshold(density)).sum()
-    assert 498 <= kept <= 500
-    assert density == 0.5 or kept == 500
+    assert histogram(values).threshold(density) == 0
 
 
 def test_the_share_that_exceeds_it() -> None:
