@@ -41,7 +41,7 @@ def methods(loaded: LoadedModel) -> dict[str, Method]:
         "wanda": dipnet.Wanda(0.5),
         "wanda 2:4": dipnet.Wanda(0.5, pattern="2:4"),
     }
-    text = tokenize(loaded.tokenizer, bundled_text("calibration"))[: 8 * WINDOW]
+    text = tokenize(loaded.tokenizer, bundled_text("calibration").content)[: 8 * WINDOW]
     return {name: dipnet.calibrate(loaded.model, m, text) for name, m in asked.items()}
 
 
@@ -60,7 +60,7 @@ def matrix_rate() -> float:
 
 def measure(loaded: LoadedModel, windows: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of each round, by method; the dense model under "dense"."""
-    tokens = tokenize(loaded.tokenizer, bundled_text("heldout"))
+    tokens = tokenize(loaded.tokenizer, bundled_text("heldout").content)
     tokens = tokens.repeat(-(-windows * WINDOW // len(tokens)))[: windows * WINDOW]
     ready = methods(loaded)
     times: dict[str, list[float]] = {"dense": [], **{name: [] for name in ready}}

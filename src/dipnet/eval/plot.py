@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from dipnet.eval.sweep import Measured, Row
+from dipnet.eval.sweep import Row
 
 matplotlib.use("Agg")
 
@@ -21,6 +22,8 @@ MARKERS = "osD^vPX*<>"
 TICKS = (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8)
 BOUNDS = ("glu-oracle",)
 """Methods that know what no program can know: drawn, but never the best choice."""
+WORST = 4
+"""Perplexities above so many times the dense model's are left to the table."""
 ALL = 0.9999
 """A share of attention's weights above this is all of them; a threshold may drop an odd zero."""
 
@@ -50,9 +53,10 @@ class Point:
 def draw(panels: Sequence[Panel]) -> bytes:
     """A PNG with one panel a model, side by side."""
     figure = Figure(figsize=(6.4 * len(panels), 4.8), dpi=150, layout="constrained")
-    colors = _colors(point.label for panel in panels for point in _points(panel.rows)[1:])
+    styles = _styles(point.label for panel in panels for point in _points(panel.rows)[1:])
     for number, panel in enumerate(panels):
-        _draw_panel(figure.add_subplot(1, len(panels), number + 1), panel, colors)
+        _draw_panel(figure.add_subplot(1, len(panels), number + 1), panel, styles)
+    _legend(figure)
     image = io.BytesIO()
     figure.savefig(image, format="png", metadata={"Software": None})
     return image.getvalue()
@@ -68,7 +72,18 @@ def pareto(points: Iterable[Point]) -> list[Point]:
     return kept
 
 
-def _colors(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
+def _legend(figure: Figure) -> None:
+    """One legend for all panels, beside them."""
+    entries: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    figure.legend(
+        entries.values(), entries.keys(), loc="outside right upper", frameon=False, fontsize=9
+    )
+
+
+def _styles(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
     """A colour and a marker for each label, in order of appearance."""
     return {
         label: (COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)])
@@ -77,17 +92,17 @@ def _colors(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def _points(rows: Iterable[Row]) -> list[Point]:
-    return [_point(row.label, row.measured) for row in rows if row.measured is not None]
-
-
-def _point(label: str, measured: Measured) -> Point:
-    attention = measured.density.attention < ALL
-    return Point(
-        f"{label} (attention too)" if attention else label,
-        measured.density.mlp,
-        measured.perplexity.perplexity,
-        comparable=label not in BOUNDS and not attention,
-    )
+    measured = [(row.label, row.measured) for row in rows if row.measured is not None]
+    thinned = {label for label, found in measured if found.density.attention < ALL}
+    return [
+        Point(
+            f"{label} (attention too)" if label in thinned else label,
+            round(found.density.mlp, 3),
+            found.perplexity.perplexity,
+            comparable=label not in BOUNDS and label not in thinned,
+        )
+        for label, found in measured
+    ]
 
 
 def _draw_panel(axes: Axes, panel: Panel, styles: dict[str, tuple[str, str]]) -> None:
@@ -115,7 +130,8 @@ def _draw_panel(axes: Axes, panel: Panel, styles: dict[str, tuple[str, str]]) ->
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    # What is several times worse than dense would squeeze all that matters into a corner.
+    axes.set_ylim(top=min(axes.get_ylim()[1], WORST * dense.perplexity))
 
 
 def _draw_line(axes: Axes, line: list[Point], style: tuple[str, str], *, bound: bool) -> None:
@@ -127,7 +143,7 @@ def _draw_line(axes: Axes, line: list[Point], style: tuple[str, str], *, bound: 
         marker=marker,
         markersize=5,
         linewidth=1.6,
-        linestyle=":" if bound else "-",
+        linestyle=":" if bound else "--" if ":" in line[0].label else "-",
         label=f"{line[0].label} (bound)" if bound else line[0].label,
     )
 

@@ -16,10 +16,10 @@ from dipnet.errors import InputError
 from dipnet.methods.base import TopK
 from dipnet.units import ModelSpec, Site, check_density
 
-# The split that fits best on held-out text, by activation, when nothing was fitted on one's own
-# model. Measured on the two demo models: docs/results.md, "How DIP's split was fitted".
-RELU_SPLIT = 2.3
-SMOOTH_SPLIT = 1.3
+# What is used when nothing was fitted on one's own model: on the demo models, the best split at
+# density 0.5 on validation text (docs/results.md, "How DIP's split was fitted").
+RELU_SPLIT = 2.0
+SMOOTH_SPLIT = 1.4
 
 
 @dataclass(frozen=True)
