@@ -14,7 +14,7 @@ from dipnet.methods.dip import DIP
 from dipnet.models.families import describe
 
 CALIBRATION_TOKENS = 16384
-"""How much calibration text is enough: about as much as the papers of these methods used."""
+"""How much calibration text is used at most."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dipnet.models.load import LoadedModel
 
 SPLIT_WINDOWS = 32
-"""Windows of text on which a split is fitted: perplexity is flat between neighbouring splits."""
+"""Windows of text on which a split is fitted: each candidate costs an evaluation of them."""
 
 
 def load(name: str | None, device: str, dtype: str) -> LoadedModel:

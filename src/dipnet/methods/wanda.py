@@ -14,8 +14,7 @@ from dipnet.methods.base import Calibration, Method
 from dipnet.units import ModelSpec, Site, check_density, kept_units
 
 TOKENS = 16384
-"""Calibration tokens that are used at most: two runs of each block over them, on one core, take
-seconds for a demo model. (The paper calibrates on 128 sequences.)"""
+"""Calibration tokens that are used at most; each block runs over them twice."""
 
 PATTERNS = {"unstructured": None, "2:4": (2, 4)}
 
