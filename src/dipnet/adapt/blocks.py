@@ -124,7 +124,7 @@ class WalkedBlock:
         if method is None:
             yield
             return
-        attachment = Attachment(self._decoder.model, method, layers=(self.layer,))
+        attachment = Attachment(self._decoder, method, layers=(self.layer,))
         attachment.attach()
         try:
             yield

@@ -69,7 +69,7 @@ class TextCalibration:
     def scores(self, method: Method) -> Mapping[SiteKey, ScoreHistogram]:
         """The distribution of ``method``'s scores at each of its sites, in the dense model."""
         observer = _Observer(method, {})
-        attachment = Attachment(self.decoder.model, observer)
+        attachment = Attachment(self.decoder, observer)
         attachment.attach()
         try:
             with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,13 +83,11 @@ def _method(request: MethodRequest, density: float | None) -> DIP:
 def _fit(loaded: LoadedModel, method: DIP, tokens: Tensor, window: int) -> dict[str, Any]:
     """The best split at the method's density, and all that were tried."""
     import dipnet
-    from dipnet.adapt.split import CANDIDATES
     from dipnet.eval.texts import bos_token
-    from dipnet.methods.dip import split_density
     from dipnet.models.families import describe
 
     assert method.density is not None
-    inputs = len(describe(loaded.model).input_matrices)
+    spec = describe(loaded.model)
     with err.status(f"density {method.density:g}") as status:
         fitted = dipnet.fit_split(
             loaded.model,
@@ -99,17 +98,16 @@ def _fit(loaded: LoadedModel, method: DIP, tokens: Tensor, window: int) -> dict[
             progress=lambda split, _: status.update(f"density {method.density:g}, split {split:g}"),
         )[1]
     tried = []
-    for split in CANDIDATES:
-        if split in fitted.perplexities:
-            input_density, hidden_density = split_density(method.density, split, inputs)
-            tried.append(
-                {
-                    "split": split,
-                    "input_density": input_density,
-                    "hidden_density": hidden_density,
-                    "perplexity": fitted.perplexities[split],
-                }
-            )
+    for split, perplexity in fitted.perplexities.items():
+        input_density, hidden_density = replace(method, split=split).densities(spec)
+        tried.append(
+            {
+                "split": split,
+                "input_density": input_density,
+                "hidden_density": hidden_density,
+                "perplexity": perplexity,
+            }
+        )
     return {"density": method.density, "split": fitted.split, "tried": tried}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -198,8 +199,6 @@ def _about(
 
 def _figures(made: Generation, density: Density, memory: int) -> dict[str, Any]:
     """What came out, for the JSON."""
-    from dipnet.eval.report import density_json
-
     return {
         "text": made.text,
         "prompt_tokens": made.prompt_tokens,
@@ -208,7 +207,7 @@ def _figures(made: Generation, density: Density, memory: int) -> dict[str, Any]:
         "prompt_seconds": made.prompt_seconds,
         "decode_seconds": made.decode_seconds,
         "tokens_per_second": made.tokens_per_second,
-        "density": density_json(density),
+        "density": asdict(density),
         "peak_memory_bytes": memory,
     }
 

@@ -16,7 +16,6 @@ from dipnet.eval.sweep import Measured, Row, Setting
 from dipnet.eval.texts import TokenText
 from dipnet.models.families import describe
 from dipnet.models.load import LoadedModel
-from dipnet.models.usage import Density
 
 SCHEMA = "dipnet.eval/1"
 DASH = "–"
@@ -149,11 +148,6 @@ def model_json(loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
-def density_json(density: Density) -> dict[str, Any]:
-    """Every share, by layer and by site."""
-    return asdict(density)
-
-
 def _row_json(row: Row, dense: float) -> dict[str, Any]:
     asked = {"method": row.label, "density_asked": row.density, "reason": row.reason}
     if row.measured is None:
@@ -162,7 +156,7 @@ def _row_json(row: Row, dense: float) -> dict[str, Any]:
     return {
         **asked,
         "parameters": measured.parameters,
-        "density": density_json(measured.density),
+        "density": asdict(measured.density),
         "perplexity": measured.perplexity.perplexity,
         "nll": measured.perplexity.nll,
         "ratio_to_dense": measured.perplexity.perplexity / dense,

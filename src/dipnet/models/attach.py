@@ -46,8 +46,7 @@ def sparsify(model: Model, method: Method, *, prefill: Prefill = "sparse") -> Mo
     if not isinstance(method, Method):
         raise InputError(f"method is a method such as dipnet.DIP(density=0.5), not {method!r}")
     check_dense(model)
-    attachment = Attachment(model, method, prefill)
-    attachment.attach()
+    Attachment(Decoder(model), method, prefill).attach()
     return model
 
 
@@ -73,30 +72,27 @@ def usage(model: PreTrainedModel) -> Usage:
 
 def attached_prefill(model: PreTrainedModel) -> Prefill | None:
     """How a sparsified model processes a prompt; None for a dense model."""
-    return (
-        cast(Prefill, getattr(model, _ATTACHED).tokens.prefill)
-        if hasattr(model, _ATTACHED)
-        else None
-    )
+    attachment: Attachment | None = getattr(model, _ATTACHED, None)
+    return attachment.tokens.prefill if attachment else None
 
 
 class Attachment:
     """One method on one model: what was changed, and how to undo it.
 
     Whatever is hooked or kept for undoing is a method or a partial, never a closure: a deep copy of
-    the model then has an attachment of its own.
-    ``layers`` limits it to some decoder layers; the others stay dense.
+    the model then has an attachment of its own. ``layers`` limits it to some decoder layers; the
+    others stay dense.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        decoder: Decoder,
         method: Method,
         prefill: Prefill = "sparse",
         layers: Collection[int] | None = None,
     ) -> None:
-        self.model = model
-        self.decoder = Decoder(model)
+        self.model = decoder.model
+        self.decoder = decoder
         if layers is None:
             method.check(self.decoder.spec)
         else:  # a trial on some layers while the method is being calibrated
@@ -105,7 +101,7 @@ class Attachment:
         self.layers = range(self.decoder.spec.layers) if layers is None else layers
         self.tokens = TokenState(prefill)
         self.usage = Usage(self.method, self.decoder.spec)
-        self._signature = inspect.signature(type(model.get_decoder()).forward)
+        self._signature = inspect.signature(type(decoder.model.get_decoder()).forward)
         self._undo: list[Callable[[], None]] = []
 
     def attach(self) -> None:
