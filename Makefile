@@ -1,8 +1,9 @@
 # One virtual environment, .venv, serves every target; a target that needs it makes it.
+# The build reads the disk with io_uring where it finds liburing (Debian: liburing-dev).
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3,$(shell command -v $(p))) python3)
 BIN := .venv/bin
-INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/dipnet/csrc/*)
+INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard cmake/* src/dipnet/csrc/*)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
     --constraint constraints.txt --build-constraint constraints.txt
 

@@ -94,6 +94,16 @@ def dip(layer: PlainLayer, method: Any, x: Tensor) -> Tensor:
     return layer.down(hidden, top(hidden.abs(), hidden_density))
 
 
+def dip_blocks(layer: PlainLayer, method: Any, x: Tensor) -> Tensor:
+    input_density, hidden_density = _dip_densities(layer, method)
+    channels = top(x.abs(), input_density)
+    hidden = layer.hidden(x[channels], inputs=channels)
+    size = method.hidden_block
+    norms = [math.sqrt(sum(h * h for h in part.tolist())) for part in hidden.split(size)]
+    blocks = top(torch.tensor(norms, dtype=torch.float64), hidden_density)
+    return layer.down(hidden, [block * size + i for block in blocks for i in range(size)])
+
+
 def wina(layer: PlainLayer, method: Any, x: Tensor) -> Tensor:
     input_density, hidden_density = _dip_densities(layer, method)
     channels = top(x.abs() * column_norms(layer, *layer.input_matrices), input_density)
@@ -157,6 +167,7 @@ METHODS = {
     "dip": Case(dipnet.DIP(0.5, split=1.3), dip),
     "dip-explicit": Case(dipnet.DIP(input_density=0.6, hidden_density=0.3), dip),
     "dip-attention": Case(dipnet.DIP(0.4, split=1.1, attention_density=0.6), dip, top_channels),
+    "dip-blocks": Case(dipnet.DIP(0.5, split=1.3, hidden_block=4), dip_blocks),
     "glu": Case(dipnet.GLUPruning(0.8), glu),
     "gate": Case(dipnet.GatePruning(0.5), gate),
     "up": Case(dipnet.UpPruning(0.6), up),

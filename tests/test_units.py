@@ -90,3 +90,18 @@ def test_a_neuron_is_a_column_of_down_and_rows_of_others(
     site = spec.neuron_site(0, 0.5, "hidden", *rows)
     assert (site.name, site.units) == (name, 20)
     assert site.weights_per_unit == weights_per_unit
+
+
+@pytest.mark.parametrize(("block", "units"), [(1, 20), (4, 5), (20, 1)])
+def test_neurons_in_blocks(block: int, units: int) -> None:
+    site = GATED.neuron_site(0, 0.5, "hidden", block=block)
+    assert (site.units, site.block, site.channels) == (units, block, 20)
+    assert site.weights_per_unit == 8 * block
+    whole = GATED.neuron_site(0, 0.5, "hidden", "gate", "up", block=block)
+    assert whole.units * whole.weights_per_unit == GATED.mlp_weights
+
+
+def test_a_block_divides_the_neurons() -> None:
+    with pytest.raises(InputError, match="a block of 3 does not divide the 20 neurons") as raised:
+        GATED.neuron_site(0, 0.5, "hidden", block=3)
+    assert str(raised.value).endswith("take one of 1, 2, 4, 5, 10, 20")

@@ -28,10 +28,10 @@ class Operand:
 class Site:
     """A place in a layer where one mask is decided.
 
-    ``name`` is one of ``attn.in``, ``attn.out``, ``mlp.in``, ``mlp.hidden``, ``mlp.neuron``;
-    ``units`` is the number of input channels or neurons that the mask keeps or drops, ``density``
-    the share of them that the method aims to keep; ``scored_on`` names the activation that the
-    method's score reads.
+    ``name`` is one of ``attn.in``, ``attn.out``, ``mlp.in``, ``mlp.hidden``, ``mlp.neuron``. A
+    unit is what the mask keeps or drops: ``block`` neighbouring input channels or neurons, one by
+    default. ``units`` is their number, ``density`` the share of them that the method aims to keep;
+    ``scored_on`` names the activation that the method's score reads.
     """
 
     layer: int
@@ -40,6 +40,12 @@ class Site:
     density: float
     operands: tuple[Operand, ...]
     scored_on: ScoredOn = "input"
+    block: int = 1
+
+    @property
+    def channels(self) -> int:
+        """Input channels or neurons, over all units."""
+        return self.units * self.block
 
     @property
     def weights_per_unit(self) -> int:
@@ -102,15 +108,25 @@ class ModelSpec:
         operands = tuple(Operand(matrix, self.matrices[matrix][0]) for matrix in matrices)
         return Site(layer, name, self.matrices[matrices[0]][1], density, operands)
 
-    def neuron_site(self, layer: int, density: float, scored_on: ScoredOn, *rows: str) -> Site:
+    def neuron_site(
+        self, layer: int, density: float, scored_on: ScoredOn, *rows: str, block: int = 1
+    ) -> Site:
         """A site whose units are MLP neurons: columns of ``down`` and rows of ``rows``.
 
-        It is called ``mlp.neuron`` when a neuron is skipped whole, else ``mlp.hidden``.
+        It is called ``mlp.neuron`` when a neuron is skipped whole, else ``mlp.hidden``. A unit is
+        ``block`` neighbouring neurons; InputError when that does not divide their number.
         """
+        outputs, neurons = self.matrices["down"]
+        if neurons % block:
+            usable = ", ".join(str(size) for size in range(1, 65) if neurons % size == 0)
+            raise InputError(
+                f"a block of {block} does not divide the {neurons} neurons of a layer: take one of "
+                f"{usable}"
+            )
         name = "mlp.neuron" if rows == self.input_matrices else "mlp.hidden"
-        operands = [Operand(matrix, self.matrices[matrix][1]) for matrix in rows]
-        operands.append(Operand("down", self.matrices["down"][0]))
-        return Site(layer, name, self.matrices["down"][1], density, tuple(operands), scored_on)
+        operands = [Operand(matrix, self.matrices[matrix][1] * block) for matrix in rows]
+        operands.append(Operand("down", outputs * block))
+        return Site(layer, name, neurons // block, density, tuple(operands), scored_on, block)
 
 
 def check_density(value: float, name: str = "density") -> float:

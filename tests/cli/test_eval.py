@@ -156,3 +156,29 @@ def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert [made["method"] for made in figures["generated"]] == ["dense", "dip"]
     assert all(made["new_tokens"] == 6 for made in figures["generated"])
     assert [e["model"]["name"] for e in figures["evaluations"]] == ["demo-swiglu", "demo-relu"]
+
+
+def test_a_cache(run: Run, llama: str, text: str) -> None:
+    arguments = ("eval", llama, "--text", text, "--method", "dip:cache_aware=0.2")
+    measured = ("--density", "0.5", "--windows", "1", "--cache", "0.5")
+    found = run(*arguments, *measured, "--cache-policy", "lfu", "--json").json
+    assert found["cache"] == {"share": 0.5, "policy": "lfu"}
+    assert 0 < found["rows"][1]["cache"]["hit_rate"] < 1
+    assert "hits" in run(*arguments, *measured).out
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--cache-policy", "lru"), "--cache-policy goes with --cache SHARE"),
+        (("--cache", "1.5"), "a cache's share must be in 0..1"),
+        (("--cache", "0.5", "--cache-policy", "fifo"), "unknown cache policy 'fifo'"),
+        (("--method", "dip:cache_aware=0.2"), "cache_aware has no effect without --cache"),
+    ],
+)
+def test_a_cache_that_makes_no_sense(
+    run: Run, llama: str, text: str, options: tuple[str, ...], reason: str
+) -> None:
+    result = run("eval", llama, "--text", text, *options)
+    assert result.code != 0
+    assert reason in result.err

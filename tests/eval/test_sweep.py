@@ -9,6 +9,7 @@ from rich.console import Console
 
 import dipnet
 from dipnet.adapt.ready import Fitter
+from dipnet.cache import CacheSettings
 from dipnet.eval.perplexity import perplexity
 from dipnet.eval.plot import Panel, Point, draw, pareto
 from dipnet.eval.report import Report, as_json, reasons, table
@@ -144,3 +145,29 @@ def test_pareto_keeps_what_nothing_beats() -> None:
     figures = [("a", 0.5, 30), ("b", 0.5, 40), ("a", 0.8, 20), ("b", 0.7, 35)]
     points = [Point(*figure, comparable=True) for figure in figures]
     assert pareto(points) == [points[0], points[2]]
+
+
+def test_a_cache_is_reported(loaded: LoadedModel, text: TokenText) -> None:
+    setting = Setting(window=16, stride=16, cache=CacheSettings(0.5, "lfu"))
+    tokens = setting.first(text.tokens, 2)
+    jobs = [DENSE, Job("dip", 0.5, dipnet.DIP(0.5, cache_aware=0.3))]
+    rows = list(sweep(loaded.model, jobs, tokens, setting, ready=lambda m: m))
+    with dipnet.sparsify(
+        loaded.model, dipnet.DIP(0.5, cache_aware=0.3), cache=setting.cache
+    ) as model:
+        alone = perplexity(model, tokens, window=16)
+        cached = dipnet.usage(model).cache()
+    dense, dip = (row.measured for row in rows)
+    assert dense is not None
+    assert dip is not None
+    assert (dip.perplexity, dip.cache) == (alone, cached)
+    report = Report(loaded, text, setting, 2, 0, rows)
+    assert report.title.endswith(", lfu cache of 0.5")
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(table(report))
+    assert f"{cached.hit_rate:.3f}" in captured.get()
+    found = as_json(report)
+    assert found["cache"] == {"share": 0.5, "policy": "lfu"}
+    assert found["rows"][0]["cache"]["hit_rate"] is None
+    assert found["rows"][1]["cache"]["hits"] == cached.hits

@@ -98,7 +98,7 @@ class _Observer(Method):
     def score(self, site: Site, x: Tensor) -> Tensor:
         return self.method.score(site, x)
 
-    def select(self, site: Site, scores: Tensor) -> Tensor:
+    def select(self, site: Site, scores: Tensor, resident: Tensor | None = None) -> Tensor:
         self.histograms.setdefault((site.layer, site.name), ScoreHistogram()).add(scores)
         return torch.ones_like(scores, dtype=torch.bool)
 

@@ -10,12 +10,14 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from dipnet import __version__
+from dipnet.cli.check import check
 from dipnet.cli.console import complain, err
 from dipnet.cli.demo import demo
 from dipnet.cli.evaluate import evaluate
 from dipnet.cli.fit import fit_split
 from dipnet.cli.info import info
 from dipnet.cli.options import FLAG
+from dipnet.cli.pack import pack
 from dipnet.cli.run import run
 from dipnet.errors import DipnetError
 
@@ -112,6 +114,8 @@ def _options(
 app.command("run", cls=Command)(run)
 app.command("eval", cls=Command)(evaluate)
 app.command("info", cls=Command)(info)
+app.command("pack", cls=Command)(pack)
+app.command("check", cls=Command)(check)
 app.command("fit-split", cls=Command)(fit_split)
 app.command("demo", cls=Command)(demo)
 

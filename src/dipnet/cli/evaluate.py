@@ -38,6 +38,7 @@ from dipnet.files import check_writable, make_folder, write_file
 from dipnet.units import check_density
 
 if TYPE_CHECKING:
+    from dipnet.cache import CacheSettings
     from dipnet.eval.report import Report
     from dipnet.eval.sweep import Setting
     from dipnet.eval.texts import Text
@@ -114,6 +115,19 @@ def evaluate(
     dense_prompt: Annotated[
         int, typer.Option(min=0, help="Leading tokens of a window that stay dense and unscored")
     ] = 0,
+    cache: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Give every site a cache of so many of its units: counts hits, and lets "
+            "dip:cache_aware=0.2 prefer what is resident",
+            show_default=False,
+        ),
+    ] = None,
+    cache_policy: Annotated[
+        str | None,
+        typer.Option(help="What it evicts: lru or lfu; default: lru", show_default=False),
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -141,6 +155,7 @@ def evaluate(
     requests = [parse_method(name) for name in unique(method or ["dip"])]
     densities = _densities(requests, density)
     _check_split(requests, fit_split)
+    caching = _caching(requests, cache, cache_policy)
     quiet_libraries()
     from transformers import set_seed
 
@@ -151,7 +166,7 @@ def evaluate(
     calibrate_on = calibration_text(model, calibration)
     fit_on = read_text(fit_split) if fit_split else None
     loaded = load(model, device, dtype)
-    setting = _setting(loaded, window, stride, dense_prompt, bos, batch_size)
+    setting = _setting(loaded, window, stride, dense_prompt, bos, batch_size, caching)
     measured = tokens_of(loaded, content)
     used = setting.first(measured.tokens, windows)
     jobs = plan_jobs(loaded, requests, densities)
@@ -190,6 +205,22 @@ def _check_split(requests: Sequence[MethodRequest], file: Path | None) -> None:
         )
 
 
+def _caching(
+    requests: Sequence[MethodRequest], share: float | None, policy: str | None
+) -> CacheSettings | None:
+    """What the options say of a cache; InputError when they make no sense together."""
+    from dipnet.cache import CacheSettings
+
+    if share is not None:
+        return CacheSettings(share, policy or "lru")
+    if policy is not None:
+        raise InputError("--cache-policy goes with --cache SHARE: give that")
+    aware = [request.label for request in requests if "cache_aware" in request.options]
+    if aware:
+        raise InputError(f"{', '.join(aware)}: cache_aware has no effect without --cache SHARE")
+    return None
+
+
 def _setting(
     loaded: LoadedModel,
     window: int | None,
@@ -197,13 +228,14 @@ def _setting(
     dense_prompt: int,
     bos: Bos,
     batch_size: int,
+    cache: CacheSettings | None,
 ) -> Setting:
     from dipnet.eval.sweep import Setting
     from dipnet.eval.texts import bos_token
 
     tokens = check_window(loaded, window)
     token = bos_token(loaded.tokenizer, bos.value)
-    return Setting(tokens, stride or tokens, dense_prompt, token, batch_size)
+    return Setting(tokens, stride or tokens, dense_prompt, token, batch_size, cache)
 
 
 def _text(model: str | None, source: Source) -> Text:

@@ -8,20 +8,15 @@
 #include <thread>
 #include <vector>
 
+#include "simd.h"
+
 // The k-th highest score is found by bisection on 16 bits of an ordered key at a time: first on
 // the upper halves of all the keys, then on the lower halves of the few that share the upper half
 // of the k-th. A round only counts: compilers vectorise it, and no branch depends on the data.
 // That decides: std::nth_element mispredicts its branches. One row of normal scores, k = n / 2:
 //     n = 448: 0.5 us, radix select 5.0, nth_element 6.2
 //     n = 14336: 15 us, radix select 42, nth_element 177
-
-// Loops that gain from wider vectors are compiled twice and the loader picks by the CPU: AVX2
-// takes 10 to 50 % off the time of a row. Elsewhere they are compiled once, for the baseline.
-#if defined(__x86_64__) && defined(__GLIBC__)
-#define DIPNET_SIMD __attribute__((target_clones("default", "avx2")))
-#else
-#define DIPNET_SIMD
-#endif
+// AVX2 takes 10 to 50 % off the time of a row.
 
 namespace dipnet {
 namespace {
@@ -124,14 +119,14 @@ void mask_row(const float* scores, bool* mask, std::size_t n, std::size_t k, Scr
   }
 }
 
-}  // namespace
+DIPNET_SIMD
+void weigh(const float* scores, const bool* resident, float gamma, float* out, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) out[i] = scores[i] * (resident[i] ? 1.0F : gamma);
+}
 
-void topk_mask(const float* scores, bool* mask, std::size_t rows, std::size_t n, std::size_t k,
-               std::size_t threads) {
-  const auto work = [=](std::size_t first, std::size_t last) {
-    Scratch s(n);
-    for (std::size_t r = first; r < last; ++r) mask_row(scores + r * n, mask + r * n, n, k, s);
-  };
+// Calls work(first, last) for parts of [0, rows), in as many threads as are worth starting.
+template <typename Work>
+void share_rows(std::size_t rows, std::size_t n, std::size_t threads, const Work& work) {
   // Below this many scores for each thread, starting it costs more than it saves.
   constexpr std::size_t kWorthAThread = 1 << 16;
   const std::size_t useful = std::min(rows, rows * n / kWorthAThread);
@@ -142,6 +137,28 @@ void topk_mask(const float* scores, bool* mask, std::size_t rows, std::size_t n,
   }
   work(0, rows / parts);
   for (std::thread& other : others) other.join();
+}
+
+}  // namespace
+
+void topk_mask(const float* scores, bool* mask, std::size_t rows, std::size_t n, std::size_t k,
+               std::size_t threads) {
+  share_rows(rows, n, threads, [=](std::size_t first, std::size_t last) {
+    Scratch s(n);
+    for (std::size_t r = first; r < last; ++r) mask_row(scores + r * n, mask + r * n, n, k, s);
+  });
+}
+
+void cache_aware_topk(const float* scores, const bool* resident, float gamma, bool* mask,
+                      std::size_t rows, std::size_t n, std::size_t k, std::size_t threads) {
+  share_rows(rows, n, threads, [=](std::size_t first, std::size_t last) {
+    Scratch s(n);
+    const std::unique_ptr<float[]> weighed(new float[n]);
+    for (std::size_t r = first; r < last; ++r) {
+      weigh(scores + r * n, resident, gamma, weighed.get(), n);
+      mask_row(weighed.get(), mask + r * n, n, k, s);
+    }
+  });
 }
 
 }  // namespace dipnet

@@ -11,4 +11,8 @@ namespace dipnet {
 void topk_mask(const float* scores, bool* mask, std::size_t rows, std::size_t n, std::size_t k,
                std::size_t threads);
 
+// The same with scores times gamma wherever resident (n) is false: one residency for all rows.
+void cache_aware_topk(const float* scores, const bool* resident, float gamma, bool* mask,
+                      std::size_t rows, std::size_t n, std::size_t k, std::size_t threads);
+
 }  // namespace dipnet

@@ -30,6 +30,8 @@ COLUMNS = (
     "seconds",
 )
 """The density asked for; the shares of weights read of each part; the rest."""
+CACHE_COLUMN = "hits"
+"""The share of the weights asked for that a cache held, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,12 @@ class Report:
         stride = self.setting.stride
         step = f", stride {stride}" if stride != self.setting.window else ""
         prompt = f", {self.setting.prompt} dense" if self.setting.prompt else ""
+        cache = self.setting.cache
+        held = f", {cache.policy} cache of {cache.share:g}" if cache else ""
         return (
             f"{self.loaded.name} ({self.loaded.dtype}, {self.loaded.model.device}) on "
             f"{self.text.text.name}: {self.windows} windows of {self.setting.window} tokens"
-            f"{step}{prompt}{bos}"
+            f"{step}{prompt}{bos}{held}"
         )
 
 
@@ -70,10 +74,12 @@ def table(report: Report) -> Table:
     """The rows for a terminal; a dash where nothing could be measured."""
     made = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     made.add_column("method", no_wrap=True)
-    for column in COLUMNS:
+    cached = report.setting.cache is not None
+    for column in (*COLUMNS, CACHE_COLUMN) if cached else COLUMNS:
         made.add_column(column, justify="right", no_wrap=True)
     for row in report.rows:
-        made.add_row(row.label, *_cells(row, report.dense.perplexity.perplexity))
+        cells = _cells(row, report.dense.perplexity.perplexity)
+        made.add_row(row.label, *cells, *([_hits(row)] if cached else []))
     return made
 
 
@@ -92,6 +98,11 @@ def _cells(row: Row, dense: float) -> list[str]:
         f"{measured.perplexity.tokens}",
         f"{measured.seconds:.1f}",
     ]
+
+
+def _hits(row: Row) -> str:
+    rate = row.measured.cache.hit_rate if row.measured and row.measured.cache else None
+    return DASH if rate is None else f"{rate:.3f}"
 
 
 def reasons(rows: Sequence[Row]) -> list[str]:
@@ -120,6 +131,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "bos": setting.bos,
         "dense_prompt": setting.prompt,
         "batch_size": setting.batch_size,
+        "cache": setting.cache and asdict(setting.cache),
         "tokens_scored": report.dense.perplexity.tokens,
         "rows": [_row_json(row, report.dense.perplexity.perplexity) for row in report.rows],
     }
@@ -157,6 +169,7 @@ def _row_json(row: Row, dense: float) -> dict[str, Any]:
         **asked,
         "parameters": measured.parameters,
         "density": asdict(measured.density),
+        "cache": measured.cache and asdict(measured.cache),
         "perplexity": measured.perplexity.perplexity,
         "nll": measured.perplexity.nll,
         "ratio_to_dense": measured.perplexity.perplexity / dense,

@@ -14,13 +14,14 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dipnet.cache import CacheSettings
 from dipnet.errors import InputError
 from dipnet.eval.perplexity import Perplexity, count_windows, leading_tokens, perplexity
 from dipnet.methods.base import Method
 from dipnet.methods.dense import Dense
 from dipnet.models.attach import sparsify, usage
 from dipnet.models.families import describe
-from dipnet.models.usage import Density
+from dipnet.models.usage import CacheUsage, Density
 from dipnet.units import ModelSpec
 
 
@@ -28,7 +29,8 @@ from dipnet.units import ModelSpec
 class Setting:
     """How a text is measured; the arguments of `perplexity`, and what it means for a method.
 
-    ``prompt`` leading tokens of each window are processed dense and are not scored.
+    ``prompt`` leading tokens of each window are processed dense and are not scored. With a
+    ``cache`` every site has one, warm from one window to the next.
     """
 
     window: int
@@ -36,6 +38,7 @@ class Setting:
     prompt: int = 0
     bos: int | None = None
     batch_size: int = 1
+    cache: CacheSettings | None = None
 
     @property
     def dense_positions(self) -> int:
@@ -76,13 +79,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Measured:
-    """The figures of one evaluated method; ``fit_seconds`` is what making it ready took."""
+    """The figures of one evaluated method; ``fit_seconds`` is what making it ready took.
+
+    ``cache`` is None when the setting has none.
+    """
 
     perplexity: Perplexity
     density: Density
     parameters: dict[str, Any]
     seconds: float
     fit_seconds: float
+    cache: CacheUsage | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,9 @@ def _row(
     start = time.perf_counter()
     try:
         method = ready(job.method)
-        attached = sparsify(model, method, prefill=setting.dense_positions or "sparse")
+        attached = sparsify(
+            model, method, prefill=setting.dense_positions or "sparse", cache=setting.cache
+        )
     except InputError as error:
         return Row(job.label, job.density, None, str(error))
     fitted = time.perf_counter()
@@ -153,13 +162,14 @@ def _row(
             if job is DENSE:  # there would be nothing to compare with
                 raise
             return Row(job.label, job.density, None, str(error))
-        density = usage(attached).density()
+        density, cached = usage(attached).density(), usage(attached).cache()
     measured = Measured(
         result,
         density,
         resolved_parameters(method, describe(model)),
         seconds=time.perf_counter() - fitted,
         fit_seconds=fitted - start,
+        cache=cached if setting.cache else None,
     )
     return Row(job.label, job.density, measured)
 

@@ -28,8 +28,39 @@ def topk_mask(scores: Tensor, k: int, backend: str = "auto") -> Tensor:
     _check_scores(scores, k)
     chosen = _choose(backend, native.why_not(scores))
     if k in (0, scores.shape[-1]):
-        return torch.full(scores.shape, k > 0, dtype=torch.bool, device=scores.device)
+        return _all_or_none(scores, k)
     return chosen.topk_mask(scores, k)
+
+
+def cache_aware_topk(
+    scores: Tensor, k: int, resident: Tensor, gamma: float, backend: str = "auto"
+) -> Tensor:
+    """`topk_mask` of scores that are ``gamma`` times as high where a unit is not resident.
+
+    (..., n) floating scores, (n,) bool ``resident`` -> (..., n) bool. Scores are magnitudes, so a
+    ``gamma`` in (0, 1] prefers what is resident. The product is rounded to float32 (float64 for
+    float64 scores), so every backend returns the same bits.
+
+    Raises:
+        InputError: as `topk_mask`; or resident is not bool of shape (n,), or gamma not in (0, 1].
+        BackendError: the requested backend is unknown or cannot serve these scores.
+    """
+    _check_scores(scores, k)
+    if resident.dtype != torch.bool or resident.shape != scores.shape[-1:]:
+        raise InputError(
+            f"resident must be bool of shape {tuple(scores.shape[-1:])}, not {resident.dtype} of "
+            f"shape {tuple(resident.shape)}"
+        )
+    if not 0 < gamma <= 1:
+        raise InputError(f"gamma must be in (0, 1], not {gamma!r}")
+    chosen = _choose(backend, native.why_not(scores, resident))
+    if k in (0, scores.shape[-1]):
+        return _all_or_none(scores, k)
+    return chosen.cache_aware_topk(scores, k, resident, gamma)
+
+
+def _all_or_none(scores: Tensor, k: int) -> Tensor:
+    return torch.full(scores.shape, k > 0, dtype=torch.bool, device=scores.device)
 
 
 def _check_scores(scores: Tensor, k: int) -> None:

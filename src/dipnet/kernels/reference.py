@@ -18,6 +18,12 @@ def topk_mask(scores: Tensor, k: int) -> Tensor:
     return above | (ties & (ties.cumsum(-1, dtype=torch.int32) <= quota))
 
 
+def cache_aware_topk(scores: Tensor, k: int, resident: Tensor, gamma: float) -> Tensor:
+    """`topk_mask` with scores times ``gamma`` where (n,) ``resident`` is False."""
+    scores = scores if scores.dtype in _INTEGERS else scores.float()
+    return topk_mask(torch.where(resident, scores, scores * gamma), k)
+
+
 def _order_keys(scores: Tensor) -> Tensor:
     """Integers in the scores' order, NaN highest and both zeros equal: (..., n) -> (..., n)."""
     scores = scores if scores.dtype in _INTEGERS else scores.float()

@@ -87,12 +87,19 @@ class Method(ABC):
         """
 
     def score(self, site: Site, x: Tensor) -> Tensor:
-        """(..., n) activations -> (..., n) scores in at least float32: magnitudes by default."""
-        return magnitude(x)
+        """(..., channels) activations -> (..., units) scores in at least float32.
+
+        By default the magnitude of a channel, and the L2 norm of a block of them.
+        """
+        return block_norms(magnitude(x), site.block)
 
     @abstractmethod
-    def select(self, site: Site, scores: Tensor) -> Tensor:
-        """(..., n) scores -> (..., n) bool, True where a unit is kept."""
+    def select(self, site: Site, scores: Tensor, resident: Tensor | None = None) -> Tensor:
+        """(..., units) scores -> (..., units) bool, True where a unit is kept.
+
+        ``resident`` is a (units,) bool of the units whose weights are in memory, None when all
+        are; only a method that prefers them reads it.
+        """
 
     def prepare(self, weights: Weights, spec: ModelSpec) -> Self:
         """This method with what it derives from the weights; itself when it needs none."""
@@ -148,7 +155,7 @@ class Method(ABC):
 class TopK(Method):
     """Keeps, for every token, the units of a site with the highest scores: always the same k."""
 
-    def select(self, site: Site, scores: Tensor) -> Tensor:
+    def select(self, site: Site, scores: Tensor, resident: Tensor | None = None) -> Tensor:
         return topk_mask(scores, kept_units(site.density, site.units))
 
 
@@ -168,7 +175,7 @@ class Threshold(Method):
     def calibrated_for(self, spec: ModelSpec) -> bool:
         return self.calibrated_sites == self.sites(spec)
 
-    def select(self, site: Site, scores: Tensor) -> Tensor:
+    def select(self, site: Site, scores: Tensor, resident: Tensor | None = None) -> Tensor:
         assert self.thresholds is not None, "check() comes first"
         return scores > self.thresholds[site.layer, site.name]
 
@@ -177,3 +184,10 @@ def magnitude(x: Tensor) -> Tensor:
     """(..., n) -> (..., n) absolute values in at least float32."""
     x = x.detach().abs()
     return x if x.dtype == torch.float64 else x.float()
+
+
+def block_norms(magnitudes: Tensor, block: int) -> Tensor:
+    """(..., units * block) -> (..., units) L2 norms of neighbouring channels, ``block`` a unit."""
+    if block == 1:
+        return magnitudes
+    return torch.linalg.vector_norm(magnitudes.unflatten(-1, (-1, block)), dim=-1)

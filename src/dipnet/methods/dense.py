@@ -20,5 +20,5 @@ class Dense(Method):
     def sites(self, spec: ModelSpec) -> tuple[Site, ...]:
         return ()
 
-    def select(self, site: Site, scores: Tensor) -> Tensor:
+    def select(self, site: Site, scores: Tensor, resident: Tensor | None = None) -> Tensor:
         raise NotImplementedError("the dense model has no sites")

@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from torch import Tensor
+
 from dipnet.errors import InputError
+from dipnet.kernels import cache_aware_topk
 from dipnet.methods.base import TopK
-from dipnet.units import ModelSpec, Site, check_density
+from dipnet.units import ModelSpec, Site, check_density, kept_units
 
 # What is used when nothing was fitted on one's own model: on the demo models, the best split at
 # density 0.5 on validation text (docs/results.md, "How DIP's split was fitted").
@@ -32,6 +35,12 @@ class DIP(TopK):
     on the input. ``dipnet.fit_split`` finds it for a model. Instead of ``density``, both
     ``input_density`` and ``hidden_density`` can be given. ``attention_density`` prunes the inputs
     of the attention projections by the same rule; without it, attention stays dense.
+
+    ``cache_aware`` is the paper's γ in (0, 1] (DIP-CA): where a cache says which units are in
+    memory, the scores of the others are multiplied with it before the top-k, so a lower value
+    prefers what need not be loaded; 1 and None are plain DIP. ``hidden_block`` lets the second
+    mask keep or drop so many neighbouring neurons as one unit, by the L2 norm of their
+    activations; it must divide the number of neurons.
     """
 
     name: ClassVar[str] = "dip"
@@ -40,6 +49,8 @@ class DIP(TopK):
     hidden_density: float | None = field(default=None, kw_only=True)
     split: float | None = field(default=None, kw_only=True)
     attention_density: float | None = field(default=None, kw_only=True)
+    cache_aware: float | None = field(default=None, kw_only=True)
+    hidden_block: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("density", "input_density", "hidden_density", "attention_density"):
@@ -52,6 +63,19 @@ class DIP(TopK):
             )
         if self.split is not None:
             self._check_split(self.split)
+        if self.cache_aware is not None:
+            self._check_cache_aware(self.cache_aware)
+        block = self.hidden_block
+        if block is not None and (type(block) is not int or block < 1):
+            raise InputError(f"hidden_block must be a whole number from 1 up, got {block!r}")
+
+    def _check_cache_aware(self, gamma: float) -> None:
+        number = isinstance(gamma, int | float) and not isinstance(gamma, bool)
+        if not number or not 0 < gamma <= 1:
+            raise InputError(
+                f"cache_aware must be in (0, 1], got {gamma!r}: 0.2 prefers what is in memory, 1 "
+                f"is plain {self.name}"
+            )
 
     def _check_split(self, split: float) -> None:
         number = isinstance(split, int | float) and not isinstance(split, bool)
@@ -79,7 +103,14 @@ class DIP(TopK):
                 yield spec.input_site(layer, "attn.in", self.attention_density, "q", "k", "v")
                 yield spec.input_site(layer, "attn.out", self.attention_density, "o")
             yield spec.input_site(layer, "mlp.in", input_density, *spec.input_matrices)
-            yield spec.neuron_site(layer, hidden_density, "hidden")
+            block = self.hidden_block or 1
+            yield spec.neuron_site(layer, hidden_density, "hidden", block=block)
+
+    def select(self, site: Site, scores: Tensor, resident: Tensor | None = None) -> Tensor:
+        if resident is None or self.cache_aware is None:
+            return super().select(site, scores)
+        k = kept_units(site.density, site.units)
+        return cache_aware_topk(scores, k, resident, self.cache_aware)
 
 
 def split_density(density: float, split: float, input_matrices: int) -> tuple[float, float]:

@@ -64,7 +64,7 @@ class Wanda(Method):
     def sites(self, spec: ModelSpec) -> tuple[Site, ...]:
         return ()
 
-    def select(self, site: Site, scores: Tensor) -> Tensor:
+    def select(self, site: Site, scores: Tensor, resident: Tensor | None = None) -> Tensor:
         raise NotImplementedError("a static method decides no mask per token")
 
     def weight_mask(self, layer: int, matrix: str) -> Tensor | None:

@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from dipnet.methods.base import SiteKey, Weights, magnitude
+from dipnet.methods.base import SiteKey, Weights, block_norms, magnitude
 from dipnet.methods.dip import DIP
 from dipnet.units import ModelSpec, Site
 
@@ -32,14 +32,14 @@ class WINA(DIP):
         return replace(self, norms=norms)
 
     def score(self, site: Site, x: Tensor) -> Tensor:
-        return magnitude(x) * self.norms[site.layer, site.name]
+        return block_norms(magnitude(x) * self.norms[site.layer, site.name], site.block)
 
     def added_weights(self, spec: ModelSpec) -> int:
-        return sum(site.units for site in self.sites(spec))
+        return sum(site.channels for site in self.sites(spec))
 
 
 def column_norms(weights: Weights, site: Site) -> Tensor:
-    """(units,) L2 norms of the columns that a unit multiplies, over all matrices of the site."""
+    """(channels,) L2 norms of the columns, over all matrices of the site."""
     squares = [
         weights.matrix(site.layer, operand.matrix).detach().float().square().sum(dim=0)
         for operand in site.operands

@@ -9,7 +9,6 @@ that faster backends are tested against.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -17,18 +16,28 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dipnet.cache import CacheSettings
 from dipnet.errors import InputError
 from dipnet.methods.base import Method
+from dipnet.models.caching import SiteCache, check_not_recomputed
+from dipnet.models.calls import Calls
 from dipnet.models.families import Decoder
 from dipnet.models.tokens import Prefill, TokenState
 from dipnet.models.usage import Usage
 from dipnet.units import Site
 
 Model = TypeVar("Model", bound=PreTrainedModel)
-_ATTACHED = "_dipnet_attachment"
+ATTACHED = "_dipnet_attachment"
+"""The attribute of a model that holds what was attached to it."""
 
 
-def sparsify(model: Model, method: Method, *, prefill: Prefill = "sparse") -> Model:
+def sparsify(
+    model: Model,
+    method: Method,
+    *,
+    prefill: Prefill = "sparse",
+    cache: CacheSettings | None = None,
+) -> Model:
     """Make a loaded causal LM decode with ``method``; returns the same model.
 
     ``with sparsify(model, method):`` restores the model on leaving; ``restore(model)`` does the
@@ -38,6 +47,12 @@ def sparsify(model: Model, method: Method, *, prefill: Prefill = "sparse") -> Mo
     sequence holds (with an empty key/value cache). Move or cast the model before, not while it is
     sparsified: what the method derived from the weights stays where it was made.
 
+    ``cache`` gives every site a cache of its units, as an engine that streams them from disk has:
+    masks are then decided token after token (a batch's rows one after the other), a cache-aware
+    method prefers what is resident, and ``usage(model).cache()`` tells the hits. The caches start
+    empty and stay warm from one sequence to the next. Dense prompts and padding do not use them.
+    Without ``cache`` everything is in memory.
+
     Raises InputError when the family is unknown, the method cannot work on it or lacks its
     calibration, or the model is sparsified already; the model is then unchanged.
     """
@@ -46,33 +61,35 @@ def sparsify(model: Model, method: Method, *, prefill: Prefill = "sparse") -> Mo
     if not isinstance(method, Method):
         raise InputError(f"method is a method such as dipnet.DIP(density=0.5), not {method!r}")
     check_dense(model)
-    Attachment(Decoder(model), method, prefill).attach()
+    if not isinstance(cache, CacheSettings | None):
+        raise InputError(f"cache is a dipnet.CacheSettings such as share=0.5, not {cache!r}")
+    Attachment(Decoder(model), method, prefill, cache=cache).attach()
     return model
 
 
 def check_dense(model: PreTrainedModel) -> None:
     """Raise InputError when the model is sparsified."""
-    if hasattr(model, _ATTACHED):
-        attached = getattr(model, _ATTACHED).method.name
+    if hasattr(model, ATTACHED):
+        attached = getattr(model, ATTACHED).method.name
         raise InputError(f"the model runs {attached} already: call dipnet.restore(model) first")
 
 
 def restore(model: PreTrainedModel) -> None:
     """Undo ``sparsify`` exactly; a model that is not sparsified is left as it is."""
-    if hasattr(model, _ATTACHED):
-        getattr(model, _ATTACHED).detach()
+    if hasattr(model, ATTACHED):
+        getattr(model, ATTACHED).detach()
 
 
 def usage(model: PreTrainedModel) -> Usage:
     """The counts of a sparsified model; InputError when it is not sparsified."""
-    if not hasattr(model, _ATTACHED):
+    if not hasattr(model, ATTACHED):
         raise InputError("the model is not sparsified: call dipnet.sparsify(model, method) first")
-    return cast(Usage, getattr(model, _ATTACHED).usage)
+    return cast(Usage, getattr(model, ATTACHED).usage)
 
 
 def attached_prefill(model: PreTrainedModel) -> Prefill | None:
     """How a sparsified model processes a prompt; None for a dense model."""
-    attachment: Attachment | None = getattr(model, _ATTACHED, None)
+    attachment: Attachment | None = getattr(model, ATTACHED, None)
     return attachment.tokens.prefill if attachment else None
 
 
@@ -90,6 +107,7 @@ class Attachment:
         method: Method,
         prefill: Prefill = "sparse",
         layers: Collection[int] | None = None,
+        cache: CacheSettings | None = None,
     ) -> None:
         self.model = decoder.model
         self.decoder = decoder
@@ -101,17 +119,14 @@ class Attachment:
         self.layers = range(self.decoder.spec.layers) if layers is None else layers
         self.tokens = TokenState(prefill)
         self.usage = Usage(self.method, self.decoder.spec)
-        self._signature = inspect.signature(type(decoder.model.get_decoder()).forward)
+        self.cache = cache
         self._undo: list[Callable[[], None]] = []
 
     def attach(self) -> None:
         """Hook every site and swap in statically pruned weights; all or nothing."""
         try:
             self._enter_context_class()
-            decoder = self.model.get_decoder()
-            self._hook(decoder, self._begin_call)
-            end = decoder.register_forward_hook(self._end_call, always_call=True)
-            self._undo.append(end.remove)
+            self._undo += Calls(self.model, self.tokens, self.usage).watch()
             for site in self.usage.sites.values():
                 if site.layer in self.layers:
                     self._attach_site(site)
@@ -136,28 +151,16 @@ class Attachment:
             {**methods, "__doc__": original.__doc__, "__module__": original.__module__},
         )
         self.model.__class__ = sparse
-        setattr(self.model, _ATTACHED, self)
+        setattr(self.model, ATTACHED, self)
         self._undo.append(partial(self._leave_context_class, original))
 
     def _leave_context_class(self, original: type) -> None:
         self.model.__class__ = original
-        delattr(self.model, _ATTACHED)
+        delattr(self.model, ATTACHED)
 
     def _hook(self, module: nn.Module, change: Callable[..., Any]) -> None:
         handle = module.register_forward_pre_hook(change, with_kwargs=True)
         self._undo.append(handle.remove)
-
-    def _begin_call(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = self._signature.bind_partial(module, *args, **kwargs).arguments
-        inputs = given.get("input_ids")
-        inputs = given.get("inputs_embeds") if inputs is None else inputs
-        if inputs is None:  # the decoder itself says what is missing
-            return
-        self.tokens.begin(inputs, given.get("attention_mask"), given.get("past_key_values"))
-        self.usage.count_tokens(self.tokens.sparse_tokens(inputs))
-
-    def _end_call(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        self.tokens.running = False
 
     def _attach_site(self, site: Site) -> None:
         family = self.decoder.family
@@ -168,7 +171,8 @@ class Attachment:
             "mlp.hidden": family.path("down"),
             "mlp.neuron": family.path("down"),
         }[site.name]
-        mask = SiteMask(site, self.method, self.tokens, self.usage)
+        cache = SiteCache(site, self.method, self.cache.make(site.units)) if self.cache else None
+        mask = SiteMask(site, self.method, self.tokens, self.usage, cache)
         if site.scored_on == "gate":
             self._watch(self.decoder.module(site.layer, family.activation), mask)
         elif site.scored_on == "up":
@@ -203,8 +207,16 @@ class SiteMask:
     Multiplied rather than filled, so that a NaN among dropped units still shows.
     """
 
-    def __init__(self, site: Site, method: Method, tokens: TokenState, usage: Usage) -> None:
+    def __init__(
+        self,
+        site: Site,
+        method: Method,
+        tokens: TokenState,
+        usage: Usage,
+        cache: SiteCache | None = None,
+    ) -> None:
         self.site = site
+        self.cache = cache
         self.method = method
         self.tokens = tokens
         self.usage = usage
@@ -224,17 +236,27 @@ class SiteMask:
             self.scored = output if part is None else output[..., part]
 
     def prune(self, x: Tensor) -> Tensor:
-        """(..., n) -> (..., n): decide the mask, count it, apply it."""
+        """(..., channels) -> (..., channels): decide the mask, count it, apply it."""
         scored = x if self.site.scored_on in ("input", "hidden") else self.scored
         self.scored = None
         assert scored is not None, "the scored activation is computed before its site"
-        mask = self.method.select(self.site, self.method.score(self.site, scored))
+        mask = self._select(self.method.score(self.site, scored))
         if self.tokens.running:
             self.usage.count_units(self.site, mask, self._per_token(self.tokens.counted, mask))
         dense = self._per_token(self.tokens.dense, mask)
         if dense is not None:
             mask = mask | dense.unsqueeze(-1)
-        return x * mask
+        return x * (mask if self.site.block == 1 else mask.repeat_interleave(self.site.block, -1))
+
+    def _select(self, scores: Tensor) -> Tensor:
+        """(..., units) -> (..., units): the method's mask, with the site's cache if it has one."""
+        if self.cache is None:
+            return self.method.select(self.site, scores)
+        check_not_recomputed(self.tokens.running)
+        counted = self._per_token(self.tokens.counted, scores)
+        mask, hits = self.cache.select(scores, counted)
+        self.usage.count_hits(self.site, hits)
+        return mask
 
     @staticmethod
     def _per_token(flags: Tensor | None, mask: Tensor) -> Tensor | None:

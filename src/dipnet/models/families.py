@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -25,13 +25,15 @@ class Family:
 
     ``modules`` maps the path of a linear layer to the matrices stacked in its rows (a fused
     projection holds several). ``mlp`` is the module whose input is the MLP's input; ``activation``
-    the module that applies the activation function; ``attention`` the attention module.
+    the module that applies the activation function; ``attention`` the attention module;
+    ``mlp_norm`` the normalisation between attention and the MLP's input.
     """
 
     modules: Mapping[str, tuple[str, ...]]
     mlp: str
     activation: str
     attention: str = "self_attn"
+    mlp_norm: str = "post_attention_layernorm"
 
     def path(self, matrix: str) -> str:
         """The path of the linear layer that holds ``matrix``."""
@@ -46,6 +48,7 @@ _ATTENTION = {
 }
 _GATED_MLP = {"mlp.gate_proj": ("gate",), "mlp.up_proj": ("up",), "mlp.down_proj": ("down",)}
 _LLAMA = Family({**_ATTENTION, **_GATED_MLP}, mlp="mlp", activation="mlp.act_fn")
+_GEMMA = replace(_LLAMA, mlp_norm="pre_feedforward_layernorm")
 _PHI3 = Family(
     {
         "self_attn.qkv_proj": ("q", "k", "v"),
@@ -67,6 +70,7 @@ _OPT = Family(
     },
     mlp="fc1",
     activation="activation_fn",
+    mlp_norm="final_layer_norm",
 )
 
 FAMILIES: dict[str, Family] = {
@@ -74,8 +78,8 @@ FAMILIES: dict[str, Family] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3": _LLAMA,
+    "gemma2": _GEMMA,
+    "gemma3": _GEMMA,
     "phi3": _PHI3,
     "opt": _OPT,
 }

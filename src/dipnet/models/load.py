@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -33,6 +34,7 @@ DEMO_FOLDER = Path(__file__).parent.parent / "demo"
 DEMO_MODELS = {"demo-swiglu": "swiglu", "demo-relu": "relu"}
 DEFAULT_MODEL = "demo-swiglu"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DOWNLOADED = ("model*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 _SOURCES = (
     "give a local folder with config.json and safetensors weights, a hub id, or one of "
@@ -103,6 +105,36 @@ def check_name(name: str) -> None:
         raise unknown("model", name, DEMO_MODELS, " Or give a hub id or a local folder.")
 
 
+def local_folder(name: str) -> Path:
+    """The folder of a model's weights and config; a hub id is downloaded to the cache first.
+
+    Raises InputError when there is no such model.
+    """
+    if name in DEMO_MODELS:
+        return DEMO_FOLDER / DEMO_MODELS[name]
+    check_name(name)
+    if Path(name).is_dir():
+        return Path(name)
+    with _in_one_line(f"cannot load {name!r}", _SOURCES):
+        return Path(snapshot_download(name, allow_patterns=list(_DOWNLOADED)))
+
+
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint; InputError when one is missing or damaged."""
+    index = folder / "model.safetensors.index.json"
+    files = [folder / "model.safetensors"]
+    if index.is_file():
+        try:
+            files = sorted(
+                {folder / s for s in json.loads(index.read_text())["weight_map"].values()}
+            )
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise InputError(f"{index} is damaged: download the checkpoint again") from None
+    for file in files:
+        _check_safetensors(file)
+    return files
+
+
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a config without storage for its weights: for its shapes only.
 
@@ -156,7 +188,8 @@ def _load_demo(
 
 def _load_checkpoint(name: str, dtype: torch.dtype | None) -> PreTrainedModel:
     """The model of a folder or hub id; InputError when not every weight comes from it."""
-    _check_weights(Path(name))
+    if Path(name).is_dir():
+        shards(Path(name))
     remedy = "download the checkpoint again" if Path(name).is_dir() else _SOURCES
     with _in_one_line(f"cannot load {name!r}", remedy):
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -203,23 +236,6 @@ def _in_one_line(message: str, remedy: str) -> Iterator[None]:
         raise InputError(f"{message}: {_reason(error)}") from None
     except Exception as error:
         raise InputError(f"{message}: {_reason(error)} ({remedy})") from None
-
-
-def _check_weights(folder: Path) -> None:
-    """Raise InputError when a local checkpoint's safetensors files are missing or damaged."""
-    if not folder.is_dir():
-        return
-    index = folder / "model.safetensors.index.json"
-    shards = [folder / "model.safetensors"]
-    if index.is_file():
-        try:
-            shards = sorted(
-                {folder / s for s in json.loads(index.read_text())["weight_map"].values()}
-            )
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise InputError(f"{index} is damaged: download the checkpoint again") from None
-    for shard in shards:
-        _check_safetensors(shard)
 
 
 def _check_safetensors(path: Path) -> None:

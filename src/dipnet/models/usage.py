@@ -35,6 +35,19 @@ class Density:
     sites: dict[str, float]
 
 
+@dataclass(frozen=True)
+class CacheUsage:
+    """What the caches held of the units that sparse tokens kept.
+
+    ``hits`` and ``misses`` map ``layer.site`` to units, exactly. ``hit_rate`` is the share of all
+    kept units' weights that was resident; None when no unit was asked for.
+    """
+
+    hits: dict[str, int]
+    misses: dict[str, int]
+    hit_rate: float | None
+
+
 class Usage:
     """Counts kept units for one method on one model; tokens processed dense are left out."""
 
@@ -48,6 +61,7 @@ class Usage:
         """Forget all counts."""
         self._tokens: Tensor | int = 0
         self._kept: dict[SiteKey, Tensor | int] = dict.fromkeys(self.sites, 0)
+        self._hits: dict[SiteKey, int] = {}
 
     def count_tokens(self, tokens: Tensor | int) -> None:
         """Count sparse tokens of one forward call: a number, or a bool mask of them."""
@@ -59,6 +73,24 @@ class Usage:
         counted = mask if tokens is None else mask & tokens.unsqueeze(-1)
         key = (site.layer, site.name)
         self._kept[key] = self._kept[key] + counted.sum()
+
+    def count_hits(self, site: Site, hits: int) -> None:
+        """Count the kept units that the site's cache held."""
+        key = (site.layer, site.name)
+        self._hits[key] = self._hits.get(key, 0) + hits
+
+    def cache(self) -> CacheUsage:
+        """Hits and misses so far, of the sites that have a cache and have used it."""
+        hits = {key: self._hits[key] for key in self.sites if key in self._hits}
+        kept = {key: int(self._kept[key]) for key in hits}
+        size = {key: self.sites[key].weights_per_unit for key in hits}
+        wanted = sum(kept[key] * size[key] for key in hits)
+        resident = sum(hits[key] * size[key] for key in hits)
+        return CacheUsage(
+            hits={f"{key[0]}.{key[1]}": hits[key] for key in hits},
+            misses={f"{key[0]}.{key[1]}": kept[key] - hits[key] for key in hits},
+            hit_rate=resident / wanted if wanted else None,
+        )
 
     def density(self) -> Density:
         """The shares so far; with no sparse token yet, those of the dense model."""

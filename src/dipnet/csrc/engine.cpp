@@ -1,0 +1,419 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <cstring>
+#include <tuple>
+#include <utility>
+
+#include "checksum.h"
+
+namespace dipnet {
+namespace {
+
+// One read takes in this much at most: from 32 KiB on the disks we measured are as fast as when
+// they read in sequence, and a request's first records should not wait for its last.
+constexpr std::size_t kReadBytes = 128 << 10;
+// Records that are multiplied together while others are on their way.
+constexpr std::size_t kBatch = 64;
+// bf16 is added up in this many units at a time, in order: float sums depend on it.
+constexpr std::size_t kOrdered = 64;
+// Weight of the newest of the times that the disk had nothing to do.
+constexpr double kNewest = 0.1;
+constexpr double kLongIdle = 0.05;  // seconds: not the model's own doing
+
+std::string describe(std::size_t site, std::size_t unit, int error) {
+  const std::string reason = error ? std::strerror(error) : "its checksum does not fit";
+  return "record " + std::to_string(unit) + " of site " + std::to_string(site) + ": " + reason;
+}
+
+}  // namespace
+
+RecordError::RecordError(std::size_t site, std::size_t unit, int error)
+    : std::runtime_error(describe(site, unit, error)), site(site), unit(unit), error(error) {}
+
+Engine::Engine(std::unique_ptr<Reader> reader, std::size_t threads, std::size_t frame_bytes,
+               std::size_t largest_record)
+    : reader_(std::move(reader)), pool_(threads), frame_bytes_(largest_record) {
+  if (largest_record == 0 || largest_record % kSector != 0) {
+    throw std::invalid_argument("the largest record is a positive multiple of the sector size");
+  }
+  // Half of the frames may hold guesses; the other half has room for an ordered batch.
+  frame_count_ = std::max(frame_bytes / largest_record, 4 * kOrdered);
+  frames_ = Memory(frame_count_ * largest_record);
+  for (std::size_t f = frame_count_; f-- > 0;) {
+    free_frames_.push_back(static_cast<std::int32_t>(f));
+  }
+}
+
+Engine::~Engine() {
+  reader_.reset();  // waits for reads that still write to memory of ours
+}
+
+std::size_t Engine::add(const Layout& layout, std::vector<float> scale, std::size_t slots,
+                        Policy policy) {
+  layout.check(reader_->file_bytes());
+  if (layout.record_bytes > frame_bytes_) {
+    throw std::invalid_argument("a record is larger than the largest that was announced");
+  }
+  if (slots > layout.units()) throw std::invalid_argument("a site has more slots than units");
+  sites_.emplace_back(layout, std::move(scale), slots, policy);
+  idle_.push_back(0);
+  guessed_at_.push_back({});
+  return sites_.size() - 1;
+}
+
+Access Engine::access(std::size_t site, const bool* wanted) {
+  Site& s = sites_.at(site);
+  const Access found = s.cache.access(wanted);
+  s.totals.hits += found.hits;
+  s.totals.misses += found.misses;
+  return found;
+}
+
+void Engine::load(std::size_t site) {
+  if (running_) abandon();
+  Site& s = sites_.at(site);
+  active_ = site;
+  tokens_ = 0;
+  wanted_.assign(s.layout.units(), 0);
+  for (std::size_t u = 0; u < wanted_.size(); ++u) {
+    wanted_[u] = s.cache.resident()[u] && !s.in_memory(u);
+  }
+  running_ = true;
+  plan_reads();
+  finish(nullptr);
+}
+
+void Engine::begin(std::size_t site, const float* x, const bool* masks, std::size_t tokens) {
+  if (running_) abandon();
+  const auto begun = Clock::now();
+  Site& s = sites_.at(site);
+  active_ = site;
+  tokens_ = tokens;
+  const std::size_t units = s.layout.units();
+  const auto* bytes = reinterpret_cast<const std::uint8_t*>(masks);
+  masks_.assign(bytes, bytes + tokens * units);
+  wanted_.assign(masks_.begin(), masks_.begin() + units);
+  for (std::size_t t = 1; t < tokens; ++t) {
+    for (std::size_t u = 0; u < units; ++u) wanted_[u] |= masks_[t * units + u];
+  }
+  const double idle = seconds_since(std::max(last_arrival_, guessed_at_[site]));
+  if (idle < kLongIdle) idle_[site] += kNewest * (idle - idle_[site]);
+  running_ = true;
+  plan_reads();
+  set_activations(x);
+  std::vector<std::int32_t> here;
+  for (std::size_t u = 0; u < units; ++u) {
+    if (wanted_[u] && s.in_memory(u)) here.push_back(static_cast<std::int32_t>(u));
+  }
+  s.totals.bookkeeping += seconds_since(begun);
+  if (s.layout.kind == Kind::bf16) return;
+  multiply(here.data(), here.size());
+  for (const std::int32_t u : here) wanted_[u] = 0;
+}
+
+void Engine::finish(float* y) {
+  if (!running_) throw std::logic_error("finish comes after begin");
+  if (active().layout.kind == Kind::bf16 && tokens_ > 0) {
+    in_order();
+  } else {
+    while (missing_ > 0) {
+      reap(false);
+      if (ready_.size() >= std::min(missing_, kBatch) || reader_->outstanding() == 0) {
+        collect();
+      } else {
+        reap(true);
+      }
+    }
+  }
+  if (y) write(y);
+  running_ = false;
+}
+
+// Floats are added in the order of the units, in batches that do not depend on what was cached.
+void Engine::in_order() {
+  Site& s = active();
+  std::vector<std::int32_t> batch;
+  for (std::size_t first = 0; first < wanted_.size(); first += kOrdered) {
+    batch.clear();
+    for (std::size_t u = first; u < std::min(wanted_.size(), first + kOrdered); ++u) {
+      if (wanted_[u]) batch.push_back(static_cast<std::int32_t>(u));
+    }
+    const auto absent = [&](std::int32_t u) { return !record(s, u); };
+    while (std::any_of(batch.begin(), batch.end(), absent)) reap(true);
+    // Which of the batch just arrived: those that are not counted as done yet.
+    std::vector<std::int32_t> later, now;
+    for (const std::int32_t u : ready_) {
+      (static_cast<std::size_t>(u) < first + kOrdered ? now : later).push_back(u);
+    }
+    ready_ = std::move(now);
+    verify();
+    multiply(batch.data(), batch.size());
+    for (const std::int32_t u : batch) wanted_[u] = 0;
+    settle();
+    ready_ = std::move(later);
+  }
+}
+
+// What is read next: missing records in the order of the file, each to its slot or to a frame.
+void Engine::plan_reads() {
+  Site& s = active();
+  queue_.clear();
+  ready_.clear();
+  queued_ = missing_ = 0;
+  drop_stale_guesses();
+  for (std::size_t u = 0; u < wanted_.size(); ++u) {
+    if (!wanted_[u] || s.in_memory(u)) continue;
+    const auto unit = static_cast<std::int32_t>(u);
+    ++missing_;
+    if (s.frame_of[u] != kNone) {
+      ++s.totals.useful;
+      if (s.arrived[u]) ready_.push_back(unit);
+      continue;
+    }
+    std::int32_t slot = s.cache.slot_of()[u];
+    // Another token of this request still needs what is in the slot: it moves there later.
+    if (slot != kNone && s.unit_at[slot] != kNone && wanted_[s.unit_at[slot]]) slot = kNone;
+    if (slot != kNone) s.empty_slot(slot);
+    queue_.push_back({unit, slot, kNone});
+  }
+  s.totals.read += queue_.size();
+  feed();
+}
+
+// Gives up what was read ahead for this site and is not wanted.
+void Engine::drop_stale_guesses() {
+  Site& s = active();
+  for (std::size_t u = 0; u < wanted_.size(); ++u) {
+    if (s.frame_of[u] == kNone || wanted_[u]) continue;
+    if (s.arrived[u]) free_frames_.push_back(s.frame_of[u]);
+    s.frame_of[u] = kNone;  // one under way gives its frame back when it lands
+    s.arrived[u] = 0;
+  }
+  const auto stale = [&](std::uint64_t tag) {
+    const Flight& flight = flights_[tag];
+    return flight.site == active_ && std::all_of(flight.pieces.begin(), flight.pieces.end(),
+                                                 [&](const Piece& p) { return !wanted_[p.unit]; });
+  };
+  for (const std::uint64_t tag : reader_->cancel_queued(stale)) {
+    for (const Piece& piece : flights_[tag].pieces) free_frames_.push_back(piece.frame);
+    free_flights_.push_back(tag);
+  }
+}
+
+// Starts reads of the queue as long as there are frames for what has no slot.
+void Engine::feed() {
+  std::vector<Read> reads;
+  std::vector<Piece> run;
+  const std::size_t record_bytes = active().layout.record_bytes;
+  while (queued_ < queue_.size()) {
+    Piece piece = queue_[queued_];
+    if (piece.slot == kNone) {
+      if (free_frames_.empty()) break;
+      piece.frame = free_frames_.back();
+      free_frames_.pop_back();
+      active().frame_of[piece.unit] = piece.frame;
+      active().arrived[piece.unit] = 0;
+    }
+    if (!run.empty() && (run.back().unit + 1 != piece.unit ||
+                         (run.size() + 1) * record_bytes > kReadBytes)) {
+      reads.push_back(flight(active_, std::exchange(run, {})));
+    }
+    run.push_back(piece);
+    ++queued_;
+  }
+  if (!run.empty()) reads.push_back(flight(active_, std::move(run)));
+  if (!reads.empty()) reader_->submit(std::move(reads));
+}
+
+Read Engine::flight(std::size_t site, std::vector<Piece> pieces) {
+  const Site& s = sites_[site];
+  if (free_flights_.empty()) {
+    free_flights_.push_back(flights_.size());
+    flights_.emplace_back();
+  }
+  Read read;
+  read.tag = free_flights_.back();
+  free_flights_.pop_back();
+  read.offset = s.layout.offset + pieces.front().unit * s.layout.record_bytes;
+  for (const Piece& piece : pieces) {
+    std::uint8_t* const to = piece.frame != kNone ? frame(piece.frame) : s.slot(piece.slot);
+    read.into.push_back({to, s.layout.record_bytes});
+  }
+  flights_[read.tag] = {site, std::move(pieces)};
+  return read;
+}
+
+void Engine::prefetch(std::size_t site, const bool* wanted, const float* score, bool certain) {
+  Site& s = sites_.at(site);
+  guessed_at_[site] = Clock::now();
+  std::vector<std::int32_t> units;
+  for (std::size_t u = 0; u < s.layout.units(); ++u) {
+    if (wanted[u] && !s.in_memory(u) && s.frame_of[u] == kNone) {
+      units.push_back(static_cast<std::int32_t>(u));
+    }
+  }
+  const std::size_t spare = frame_count_ / 2;
+  std::size_t most = free_frames_.size() > spare ? free_frames_.size() - spare : 0;
+  if (!certain) most = std::min(most, idle_records(site));
+  if (units.size() > most) {
+    if (!certain) {
+      std::nth_element(units.begin(), units.begin() + static_cast<std::ptrdiff_t>(most),
+                       units.end(), [&](auto a, auto b) { return score[a] > score[b]; });
+    }
+    units.resize(most);
+    std::sort(units.begin(), units.end());
+  }
+  std::vector<Read> reads;
+  std::vector<Piece> run;
+  for (const std::int32_t unit : units) {
+    if (!run.empty() && (run.back().unit + 1 != unit ||
+                         (run.size() + 1) * s.layout.record_bytes > kReadBytes)) {
+      reads.push_back(flight(site, std::exchange(run, {})));
+    }
+    s.frame_of[unit] = free_frames_.back();
+    s.arrived[unit] = 0;
+    free_frames_.pop_back();
+    run.push_back({unit, kNone, s.frame_of[unit]});
+  }
+  if (!run.empty()) reads.push_back(flight(site, std::move(run)));
+  if (!reads.empty()) reader_->submit(std::move(reads));
+  s.totals.guessed += units.size();
+}
+
+// How many of a site's records the disk delivers while it would otherwise wait for its request.
+std::size_t Engine::idle_records(std::size_t site) const {
+  const ReaderTotals totals = reader_->totals();
+  if (totals.busy_seconds <= 0) return 0;
+  const double bytes = idle_[site] * static_cast<double>(totals.bytes) / totals.busy_seconds;
+  return static_cast<std::size_t>(bytes / static_cast<double>(sites_[site].layout.record_bytes));
+}
+
+void Engine::reap(bool block) {
+  const auto begun = Clock::now();
+  done_.clear();
+  if (block) {
+    if (reader_->wait(done_) == 0) throw std::logic_error("waits for a record that nobody reads");
+    active().totals.wait += seconds_since(begun);
+  } else {
+    reader_->poll(done_);
+  }
+  std::int32_t lost = kNone;
+  int error = 0;
+  for (const Done& done : done_) {
+    const std::int32_t unit = land(done);
+    if (unit != kNone) std::tie(lost, error) = std::pair(unit, done.error);
+  }
+  if (lost != kNone) fail(lost, error);
+}
+
+// Takes note of a finished read; returns a wanted unit that it failed to bring.
+std::int32_t Engine::land(const Done& done) {
+  const Flight flight = std::move(flights_[done.tag]);
+  free_flights_.push_back(done.tag);
+  Site& s = sites_[flight.site];
+  std::int32_t lost = kNone;
+  for (const Piece& piece : flight.pieces) {
+    const bool ours = running_ && flight.site == active_ && wanted_[piece.unit];
+    if (piece.frame != kNone && s.frame_of[piece.unit] != piece.frame) {
+      free_frames_.push_back(piece.frame);  // a guess that was given up meanwhile
+      continue;
+    }
+    if (done.error) {
+      if (piece.frame != kNone) free_frames_.push_back(piece.frame);
+      s.frame_of[piece.unit] = kNone;
+      if (ours) lost = piece.unit;
+      continue;
+    }
+    if (piece.slot != kNone) s.put(piece.unit, piece.slot);
+    s.arrived[piece.unit] = piece.frame != kNone;
+    if (!ours) continue;
+    ready_.push_back(piece.unit);
+    last_arrival_ = Clock::now();
+  }
+  return lost;
+}
+
+const std::uint8_t* Engine::record(const Site& site, std::size_t unit) const {
+  if (site.in_memory(unit)) return site.slot(site.slot_with[unit]);
+  return site.frame_of[unit] != kNone && site.arrived[unit] ? frame(site.frame_of[unit]) : nullptr;
+}
+
+// Multiplies with what has arrived.
+void Engine::collect() {
+  verify();
+  multiply(ready_.data(), ready_.size());
+  settle();
+  ready_.clear();
+}
+
+void Engine::verify() {
+  const auto begun = Clock::now();
+  Site& s = active();
+  std::vector<std::uint8_t> intact(ready_.size());
+  pool_.run(ready_.size(), [&](std::size_t i) {
+    intact[i] = record_intact(record(s, ready_[i]), s.layout.record_bytes, s.layout.group,
+                              static_cast<std::uint64_t>(ready_[i]));
+  });
+  s.totals.bookkeeping += seconds_since(begun);
+  const auto bad = std::find(intact.begin(), intact.end(), 0);
+  if (bad != intact.end()) fail(ready_[bad - intact.begin()], 0);
+}
+
+// Moves used records to their slots or gives up their frames, and lets others come.
+void Engine::settle() {
+  const auto begun = Clock::now();
+  Site& s = active();
+  for (const std::int32_t unit : ready_) {
+    --missing_;
+    wanted_[unit] = 0;
+    const std::int32_t slot = s.cache.slot_of()[unit], f = s.frame_of[unit];
+    if (f == kNone) continue;
+    // What is still to be multiplied stays where it is; then this record is read again when wanted.
+    const bool blocked = slot != kNone && s.unit_at[slot] != kNone && wanted_[s.unit_at[slot]];
+    if (slot != kNone && !blocked) {
+      std::memcpy(s.slot(slot), frame(f), s.layout.record_bytes);
+      s.put(unit, slot);
+    }
+    free_frames_.push_back(f);
+    s.frame_of[unit] = kNone;
+    s.arrived[unit] = 0;
+  }
+  feed();
+  s.totals.bookkeeping += seconds_since(begun);
+}
+
+void Engine::fail(std::int32_t unit, int error) {
+  const std::size_t site = active_;
+  abandon();
+  throw RecordError(site, static_cast<std::size_t>(unit), error);
+}
+
+// Ends the request where it is: nothing of it is under way or half in its place afterwards.
+void Engine::abandon() {
+  running_ = false;
+  Site& s = active();
+  queue_.clear();
+  queued_ = 0;
+  while (reader_->outstanding() > 0) {
+    done_.clear();
+    reader_->wait(done_);
+    for (const Done& done : done_) land(done);
+  }
+  // Nothing that arrived for it has been verified for certain: whatever it wanted is read again.
+  for (std::size_t u = 0; u < wanted_.size(); ++u) {
+    if (!wanted_[u]) continue;
+    if (s.in_memory(u)) s.empty_slot(s.slot_with[u]);
+    if (s.frame_of[u] != kNone) free_frames_.push_back(s.frame_of[u]);
+    s.frame_of[u] = kNone;
+    s.arrived[u] = 0;
+  }
+  ready_.clear();
+  missing_ = 0;
+}
+
+void Engine::reset_totals() {
+  for (Site& site : sites_) site.totals = {};
+}
+
+}  // namespace dipnet

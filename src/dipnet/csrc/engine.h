@@ -1,0 +1,145 @@
+// Products of masked activations with records that are in memory or on their way from the disk.
+// Knows masks, not how they are decided; knows no Python.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "gather.h"
+#include "memory.h"
+#include "pool.h"
+#include "reader.h"
+#include "site.h"
+
+namespace dipnet {
+
+// A record could not be read, or is not what was packed. The engine stays usable: nothing of the
+// request remains, and what the cache counts as resident is read again when it is wanted.
+struct RecordError : std::runtime_error {
+  RecordError(std::size_t site, std::size_t unit, int error);
+  std::size_t site, unit;
+  int error;  // errno, 0: the checksum does not fit
+};
+
+// One request at a time:
+//     access (once for each token, with its mask), begin, any number of partial and prefetch, finish
+//
+// begin asks for the records that are missing and multiplies with those in memory meanwhile; finish
+// multiplies with the others as they arrive. A record goes to the slot that the cache gave its unit,
+// or, streamed past the cache, to a frame that is free again once it was used.
+class Engine {
+ public:
+  // `frame_bytes` of memory for records on their way, in frames of the largest record.
+  Engine(std::unique_ptr<Reader> reader, std::size_t threads, std::size_t frame_bytes,
+         std::size_t largest_record);
+  ~Engine();
+
+  std::size_t add(const Layout& layout, std::vector<float> scale, std::size_t slots, Policy policy);
+
+  const Site& site(std::size_t number) const { return sites_.at(number); }
+  const Reader& reader() const { return *reader_; }
+
+  // The cache's view of one token's mask (units).
+  Access access(std::size_t site, const bool* wanted);
+
+  // Reads everything that the cache counts as resident and that is not in memory yet.
+  void load(std::size_t site);
+
+  // x (tokens, channels), masks (tokens, units).
+  void begin(std::size_t site, const float* x, const bool* masks, std::size_t tokens);
+
+  // y (tokens, rows): what the records multiplied so far make; not for bf16, which multiplies none
+  // before finish.
+  void partial(float* y) const;
+
+  // Reads wanted (units) records of a site ahead into frames, those of the highest score first, as
+  // many as the disk delivers in the time in which it would have nothing to do; or as fit, when
+  // they are certain to be needed.
+  void prefetch(std::size_t site, const bool* wanted, const float* score, bool certain);
+
+  // y (tokens, rows), when all records have been multiplied.
+  void finish(float* y);
+
+  // (tokens, rows) of the request; throws std::logic_error when there is none.
+  std::pair<std::size_t, std::size_t> result_shape() const;
+
+  void reset_totals();
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  struct Piece {
+    std::int32_t unit, slot, frame;  // one of slot and frame is kNone
+  };
+  struct Flight {  // one read under way
+    std::size_t site = 0;
+    std::vector<Piece> pieces;
+  };
+
+  Site& active() { return sites_[active_]; }
+  std::uint8_t* frame(std::int32_t f) const { return frames_.data() + f * frame_bytes_; }
+  const std::uint8_t* record(const Site& site, std::size_t unit) const;
+
+  // Reads (engine.cpp).
+  void plan_reads();
+  void drop_stale_guesses();
+  void feed();
+  Read flight(std::size_t site, std::vector<Piece> pieces);
+  std::size_t idle_records(std::size_t site) const;
+  void reap(bool block);
+  std::int32_t land(const Done& done);
+  void collect();
+  void verify();
+  void settle();
+  void in_order();
+  void abandon();
+  [[noreturn]] void fail(std::int32_t unit, int error);
+
+  // Arithmetic (engine_multiply.cpp).
+  void set_activations(const float* x);
+  void multiply(const std::int32_t* units, std::size_t count);
+  void multiply_part(const std::int32_t* units, std::size_t count);
+  void sort_terms(std::size_t token, const std::int32_t* units, std::size_t count,
+                  std::vector<Term>& terms) const;
+  void write(float* y) const;
+  static double seconds_since(Clock::time_point begun) {
+    return std::chrono::duration<double>(Clock::now() - begun).count();
+  }
+
+  std::unique_ptr<Reader> reader_;
+  Pool pool_;
+  Memory frames_;
+  std::size_t frame_bytes_;
+  std::vector<std::int32_t> free_frames_;
+  std::size_t frame_count_;
+  std::vector<Site> sites_;
+  std::vector<Flight> flights_;
+  std::vector<std::size_t> free_flights_;
+  std::vector<Done> done_;
+
+  // The request.
+  bool running_ = false;
+  std::size_t active_ = 0, tokens_ = 0;
+  std::vector<Activations> activations_;  // (tokens)
+  std::vector<std::uint8_t> masks_;       // (tokens, units)
+  std::vector<std::uint8_t> wanted_;      // (units) by any token, and not multiplied yet
+  std::vector<double> total_;             // (tokens, outputs)
+  std::vector<Piece> queue_;              // to be read, in the order of the file
+  std::size_t queued_ = 0;                // of them already under way
+  std::size_t missing_ = 0;               // records that have not been multiplied yet
+  std::vector<std::int32_t> ready_;       // arrived, not multiplied
+  std::vector<std::vector<Term>> terms_;  // (tokens)
+
+  // How long the disk has nothing to do before a site's request, in the mean.
+  std::vector<double> idle_;                    // (sites) seconds
+  std::vector<Clock::time_point> guessed_at_;   // (sites)
+  Clock::time_point last_arrival_;
+};
+
+}  // namespace dipnet

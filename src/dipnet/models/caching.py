@@ -1,0 +1,65 @@
+"""Masks that depend on what is in memory: one cache a site, one token after another.
+
+What a packed model streamed from disk would find in its cache, without a packed model: the masks,
+hits and misses are those of that run, the weights are all in memory.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dipnet.errors import InputError
+from dipnet.methods.base import Method
+from dipnet.units import Site
+
+
+class UnitCache(Protocol):
+    """What masks need of a cache; `dipnet.cache` has it, and an engine's own."""
+
+    @property
+    def resident(self) -> NDArray[np.bool_]:
+        """(units,) whether a unit is in memory."""
+
+    def access(self, wanted: NDArray[np.bool_]) -> tuple[int, int, int]:
+        """Use the (units,) wanted units: how many were hits, misses, and misses admitted."""
+
+
+class SiteCache:
+    """The cache of one site, warm from one call to the next, and the masks made with it."""
+
+    def __init__(self, site: Site, method: Method, cache: UnitCache) -> None:
+        self.site = site
+        self.method = method
+        self.cache = cache
+
+    def select(self, scores: Tensor, counted: Tensor | None) -> tuple[Tensor, int]:
+        """(..., units) scores -> the mask, and how many of the wanted units were resident.
+
+        Tokens go in order, the rows of a batch one after the other: each mask is decided with
+        what the tokens before have left in the cache. ``counted`` is a (...) bool, None for all:
+        other tokens (padding, a dense prompt) get a mask like any, but do not use the cache.
+        """
+        rows = scores.reshape(-1, self.site.units)
+        uses = [True] * len(rows) if counted is None else counted.flatten().tolist()
+        mask = torch.empty_like(rows, dtype=torch.bool)
+        hits = 0
+        for row, kept, used in zip(rows, mask, uses, strict=True):
+            resident = torch.from_numpy(self.cache.resident.copy()).to(row.device)
+            kept.copy_(self.method.select(self.site, row, resident))
+            if used:
+                hits += self.cache.access(kept.cpu().numpy())[0]
+        return mask.view(scores.shape), hits
+
+
+def check_not_recomputed(running: bool) -> None:
+    """Raise InputError when a layer is computed outside a call: its masks would be others."""
+    if not running:
+        raise InputError(
+            "with a cache, masks depend on the tokens before, so a layer cannot be computed again: "
+            "turn gradient checkpointing off, or sparsify without a cache"
+        )

@@ -1,0 +1,43 @@
+"""The hooks that tell tokens and counts where a forward call begins and ends."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from dipnet.models.tokens import TokenState
+from dipnet.models.usage import Usage
+
+
+class Calls:
+    """Watches the forward calls of a model's decoder."""
+
+    def __init__(self, model: PreTrainedModel, tokens: TokenState, usage: Usage) -> None:
+        self.decoder = model.get_decoder()
+        self.tokens = tokens
+        self.usage = usage
+        self._signature = inspect.signature(type(self.decoder).forward)
+
+    def watch(self) -> list[Callable[[], None]]:
+        """Hook the decoder; returns what undoes it."""
+        begin = self.decoder.register_forward_pre_hook(self.begin, with_kwargs=True)
+        end = self.decoder.register_forward_hook(self.end, always_call=True)
+        return [begin.remove, end.remove]
+
+    def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Torch's forward pre-hook: a call over some tokens begins."""
+        given = self._signature.bind_partial(module, *args, **kwargs).arguments
+        inputs = given.get("input_ids")
+        inputs = given.get("inputs_embeds") if inputs is None else inputs
+        if inputs is None:  # the decoder itself says what is missing
+            return
+        self.tokens.begin(inputs, given.get("attention_mask"), given.get("past_key_values"))
+        self.usage.count_tokens(self.tokens.sparse_tokens(inputs))
+
+    def end(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        """Torch's forward hook: the call has ended, by an error too."""
+        self.tokens.running = False

@@ -1,0 +1,149 @@
+"""What a packing will write, and where in the checkpoint each part of it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dipnet.errors import InputError
+from dipnet.models.families import Decoder, context_length
+from dipnet.models.load import empty_model, load_config
+from dipnet.pack.checkpoint import Checkpoint
+from dipnet.pack.names import Part, TensorNames
+from dipnet.pack.rest import Rest
+from dipnet.store.geometry import (
+    GROUP_ALIGNMENT,
+    Weights,
+    column_stride,
+    padded_outputs,
+    record_bytes,
+    round_up,
+)
+from dipnet.store.index import LAYER_GROUPS, MATRICES, Group, GroupName, Index
+from dipnet.units import ModelSpec
+
+Block = int | Literal["auto"]
+BLOCKS = (1, 2, 4, 8)
+WORTHWHILE_RECORD = 16 << 10
+"""Bytes below which a disk's reads are bound by their number, not by their size."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A store as it will be. ``parts`` belong to the index's groups, one for each matrix.
+
+    ``orders`` are the permuted layers' neurons, (neurons,) int64; the index lacks its checksum of
+    the rest, which is not known before that is written.
+    """
+
+    checkpoint: Checkpoint
+    index: Index
+    parts: tuple[tuple[Part, ...], ...]
+    rest: Rest
+    orders: Mapping[int, Tensor]
+
+
+def make_plan(source: str, weights: Weights, block: Block, orders: Mapping[int, Tensor]) -> Plan:
+    """The plan of packing ``source``; InputError when it is no checkpoint that can be packed."""
+    config = load_config(source)
+    checkpoint = Checkpoint(source)
+    decoder = Decoder(empty_model(config))
+    names = TensorNames(decoder, checkpoint)
+    groups = _groups(decoder, names.head_shape, weights, block)
+    parts = tuple(names.parts(group) for group in groups)
+    scales = [] if weights == "bf16" else [(g.scale_name, g.channels) for g in groups]
+    rest = Rest(scales, names.rest())
+    spec = decoder.spec
+    _check_orders(orders, spec)
+    index = Index(
+        weights=weights,
+        family=spec.family,
+        activation=spec.activation,
+        layers=spec.layers,
+        context=context_length(decoder.model),
+        source=source,
+        neurons_permuted=bool(orders),
+        records_bytes=groups[-1].end,
+        rest_bytes=rest.size,
+        rest_sha256="0" * 64,
+        groups=tuple(groups),
+    )
+    return Plan(checkpoint, index, parts, rest, orders)
+
+
+def _check_orders(orders: Mapping[int, Tensor], spec: ModelSpec) -> None:
+    neurons = torch.arange(spec.matrices["down"][1])
+    for layer, order in orders.items():
+        if not 0 <= layer < spec.layers:
+            raise InputError(f"the permutation is of layer {layer}: there is no layer {layer}")
+        if order.shape != neurons.shape or not torch.equal(order.sort().values, neurons):
+            raise InputError(
+                f"the permutation of layer {layer} must hold every neuron once, each number from 0 "
+                f"to {len(neurons) - 1}"
+            )
+
+
+def automatic_block(weights: Weights, outputs: int, channels: int) -> int:
+    """The smallest block that makes a worthwhile record, 1 where even the largest does not."""
+    stride = column_stride(weights, padded_outputs(outputs))
+    for block in BLOCKS:
+        if record_bytes(stride, block) >= WORTHWHILE_RECORD and channels % block == 0:
+            return block
+    return 1
+
+
+def _groups(decoder: Decoder, head: tuple[int, ...], weights: Weights, block: Block) -> list[Group]:
+    shapes = decoder.spec.matrices
+    groups: list[Group] = []
+    for layer in range(decoder.spec.layers):
+        for name in LAYER_GROUPS:
+            held = [m for m in MATRICES[name][0] if m in shapes]
+            matrices = {matrix: shapes[matrix][0] for matrix in held}
+            channels = shapes[held[0]][1]
+            size = 1
+            if name == "mlp.hidden":
+                size = chosen_block(weights, block, matrices["down"], channels)
+            groups.append(_group(weights, layer, name, matrices, channels, size, groups))
+    groups.append(_group(weights, None, "head", {"head": head[0]}, head[1], 1, groups))
+    return groups
+
+
+def _group(
+    weights: Weights,
+    layer: int | None,
+    name: GroupName,
+    matrices: dict[str, int],
+    channels: int,
+    block: int,
+    before: list[Group],
+) -> Group:
+    outputs = padded_outputs(sum(matrices.values()))
+    stride = column_stride(weights, outputs)
+    return Group(
+        layer=layer,
+        name=name,
+        matrices=matrices,
+        channels=channels,
+        block=block,
+        outputs=outputs,
+        stride=stride,
+        record_bytes=record_bytes(stride, block),
+        offset=round_up(before[-1].end, GROUP_ALIGNMENT) if before else 0,
+    )
+
+
+def chosen_block(weights: Weights, block: Block, outputs: int, neurons: int) -> int:
+    """The neurons of a record; InputError when a given ``block`` does not divide them."""
+    if block == "auto":
+        return automatic_block(weights, outputs, neurons)
+    if neurons % block:
+        fitting = ", ".join(str(size) for size in (1, 2, 4, 8, 16) if neurons % size == 0)
+        raise InputError(
+            f"--block {block} does not divide the {neurons} neurons of a layer: use auto or one of "
+            f"{fitting}"
+        )
+    return block

@@ -1,0 +1,118 @@
+"""Read a whole store and compare everything with its checksums."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dipnet.errors import InputError
+from dipnet.store.checksum import record_checksums, stored_checksums
+from dipnet.store.index import RECORDS_NAME, REST_NAME, Group, Index, read_index
+
+PIECE_BYTES = 16 << 20
+Progress = Callable[[int, int], object]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A record that is not what was packed: its group's number and its unit."""
+
+    group: int
+    unit: int
+
+
+def check_store(folder: str | Path, progress: Progress | None = None) -> Index:
+    """The index of a store that is intact: every record and the rest agree with their checksums.
+
+    ``progress`` is called with the bytes read so far and in all. Raises InputError otherwise; it
+    names the first damaged record, and how many there are.
+    """
+    folder = Path(folder)
+    index = read_index(folder)
+    total = sum(group.bytes for group in index.groups) + index.rest_bytes
+    meter = _Meter(progress, total)
+    damaged = damaged_records(folder, index, meter.add)
+    if damaged:
+        first = damaged[0]
+        raise InputError(
+            f"record {first.unit} of {index.groups[first.group].label} in {folder / RECORDS_NAME} "
+            f"is damaged, {len(damaged)} of {records(index)} records are: copy the store again or "
+            "pack the model again"
+        )
+    if _sha256(folder / REST_NAME, meter.add) != index.rest_sha256:
+        raise InputError(
+            f"{folder / REST_NAME} is damaged, its SHA-256 is not that of the index: copy the "
+            "store again or pack the model again"
+        )
+    return index
+
+
+def records(index: Index) -> int:
+    """The number of a store's records."""
+    return sum(group.units for group in index.groups)
+
+
+def damaged_records(folder: Path, index: Index, add: Callable[[int], object]) -> list[Damage]:
+    """The records whose checksum is wrong, in order; ``add`` is called with the bytes read."""
+    found = []
+    with _opened(folder / RECORDS_NAME) as file:
+        for number, group in enumerate(index.groups):
+            step = max(1, PIECE_BYTES // group.record_bytes)
+            for first in range(0, group.units, step):
+                piece = _read(file, group, first, min(step, group.units - first))
+                expected = record_checksums(piece, group=number, first_unit=first)
+                wrong = np.flatnonzero(stored_checksums(piece) != expected)
+                found += [Damage(number, first + int(unit)) for unit in wrong]
+                add(piece.nbytes)
+    return found
+
+
+def _read(file: BinaryIO, group: Group, first: int, units: int) -> NDArray[np.uint8]:
+    """(units, record_bytes) records as they are in the file."""
+    try:
+        file.seek(group.offset_of(first))
+        content = file.read(units * group.record_bytes)
+    except OSError as error:
+        raise InputError(
+            f"{group.label}: the disk cannot read the records from {first} on "
+            f"({error.strerror}): copy the store from where it is intact"
+        ) from None
+    if len(content) != units * group.record_bytes:
+        raise InputError(f"{RECORDS_NAME} became shorter while it was read: copy the store again")
+    return np.frombuffer(content, np.uint8).reshape(units, group.record_bytes)
+
+
+def _sha256(path: Path, add: Callable[[int], object]) -> str:
+    digest = hashlib.sha256()
+    with _opened(path) as file:
+        while piece := file.read(PIECE_BYTES):
+            digest.update(piece)
+            add(len(piece))
+    return digest.hexdigest()
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+class _Meter:
+    """Adds up what was read."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._done = 0
+
+    def add(self, count: int) -> None:
+        self._done += count
+        if self._progress:
+            self._progress(self._done, self._total)

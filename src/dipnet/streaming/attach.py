@@ -1,0 +1,161 @@
+"""Puts a store's records in the place of a model's linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from dipnet.errors import InputError
+from dipnet.methods.base import Method
+from dipnet.models.attach import ATTACHED
+from dipnet.models.caching import SiteCache
+from dipnet.models.calls import Calls
+from dipnet.models.families import Decoder
+from dipnet.models.tokens import Prefill, TokenState
+from dipnet.models.usage import Usage
+from dipnet.streaming.engine import Engine, Key
+from dipnet.streaming.linear import EngineCache, Masks, RecordGroup, RecordLinear, Seconds
+from dipnet.streaming.look_ahead import LookAhead
+from dipnet.streaming.stats import Recorder
+
+
+class Streamed:
+    """One method on one streamed model; what `usage` and `stats` read."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        engine: Engine,
+        method: Method,
+        prefill: Prefill,
+        *,
+        look_ahead: bool,
+    ) -> None:
+        self.decoder = decoder
+        self.engine = engine
+        self.method = method
+        self.tokens = TokenState(prefill)
+        self.usage = Usage(method, decoder.spec)
+        self.seconds = Seconds()
+        self.recorder = Recorder(engine, self.seconds)
+        self.groups = {
+            group.key: RecordGroup(engine, group, self.tokens, self._masks(group.key))
+            for group in engine.index.groups
+        }
+        self._looks_ahead = look_ahead
+
+    def attach(self) -> None:
+        """Replace the linear layers, and watch the calls."""
+        for layer in range(self.decoder.spec.layers):
+            for path, held in self.decoder.family.modules.items():
+                self._replace_linear(layer, path, held)
+            if self._looks_ahead:
+                self._look_ahead(layer)
+        self._replace_head()
+        model = self.decoder.model
+        setattr(model, ATTACHED, self)
+        self.recorder.watch(model)
+        Calls(model, self.tokens, self.usage).watch()
+        model.get_decoder().register_forward_pre_hook(_one_thread, with_kwargs=True)
+        model.get_decoder().register_forward_hook(_all_threads, always_call=True)
+
+    def detach(self) -> None:
+        """Undo is impossible: there are no dense weights to go back to."""
+        raise InputError("a streamed model has no dense weights to restore: load it again")
+
+    def _masks(self, key: Key) -> Masks | None:
+        site = self.usage.sites.get(cast(Any, key))
+        if site is None:
+            return None
+        cache = SiteCache(site, self.method, EngineCache(self.engine, key))
+        return Masks(site, self.method, self.tokens, self.usage, cache, self.seconds)
+
+    def _group(self, layer: int, matrix: str) -> RecordGroup:
+        return next(
+            group
+            for (at, _), group in self.groups.items()
+            if at == layer and matrix in group.group.matrices
+        )
+
+    def _replace_linear(self, layer: int, path: str, held: tuple[str, ...]) -> None:
+        group = self._group(layer, held[0])
+        slices = [group.group.output_rows(matrix) for matrix in held]
+        rows = slice(slices[0].start, slices[-1].stop)
+        takers = len(group.group.matrices) // len(held)
+        old = self.decoder.module(layer, path)
+        bias = None if old.bias is None else old.bias.data
+        self.decoder.layers[layer].set_submodule(path, RecordLinear(group, rows, takers, bias))
+
+    def _replace_head(self) -> None:
+        model = self.decoder.model
+        old = model.get_output_embeddings()
+        group = self.groups[None, "head"]
+        bias = getattr(old, "bias", None)
+        linear = RecordLinear(
+            group, slice(0, group.group.rows), 1, None if bias is None else bias.data
+        )
+        name = next(name for name, module in model.named_modules() if module is old)
+        model.set_submodule(name, linear)
+
+    def _look_ahead(self, layer: int) -> None:
+        """Guess the MLP's masks: the input's before attention, the neurons' from what is there."""
+        family = self.decoder.family
+        reads, hidden = self.groups[layer, "mlp.in"], self.groups[layer, "mlp.hidden"]
+        if not hidden.held:
+            reads.look_ahead = LookAhead(hidden, partial(self._early_hidden, layer))
+        if not reads.held:
+            ahead = LookAhead(reads, None)
+            norm = self.decoder.module(layer, family.mlp_norm)
+            self.decoder.layers[layer].register_forward_pre_hook(
+                partial(_before_attention, ahead, norm), with_kwargs=True
+            )
+            if layer and reads.masks is None:
+                self.groups[layer - 1, "mlp.hidden"].look_ahead = ahead
+
+    def _early_hidden(self, layer: int) -> Tensor:
+        """(1, neurons): the MLP's hidden activation from the records multiplied so far."""
+        group = self.groups[layer, "mlp.in"]
+        made = self.engine.partial(group.key)
+        parts = {name: self._with_bias(layer, name, made) for name in group.group.matrices}
+        act: Callable[[Tensor], Tensor] = ACT2FN[self.decoder.spec.activation]
+        return act(parts["gate"]) * parts["up"] if "gate" in parts else act(parts["up"])
+
+    def _with_bias(self, layer: int, matrix: str, made: Tensor) -> Tensor:
+        rows = made[:, self.groups[layer, "mlp.in"].group.output_rows(matrix)]
+        holder = self.decoder.holder(layer, matrix)
+        return rows if holder.bias is None else rows + holder.bias[self.decoder.rows(matrix)]
+
+
+def streamed(model: PreTrainedModel) -> Streamed:
+    """What `load` attached to a model; InputError when it was not made by `load`."""
+    attached = getattr(model, ATTACHED, None)
+    if not isinstance(attached, Streamed):
+        raise InputError("the model is not streamed: make one with dipnet.load(store, method)")
+    return attached
+
+
+def _before_attention(
+    ahead: LookAhead, norm: nn.Module, _layer: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> None:
+    x = args[0] if args else kwargs["hidden_states"]
+    if x.shape[:-1].numel() == 1:
+        ahead.with_input(norm(x.reshape(1, -1)))
+
+
+# A token's operations outside our kernels are too small to share, and torch's threads would spin
+# on the cores that our own threads need.
+_threads = torch.get_num_threads()
+
+
+def _one_thread(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+
+
+def _all_threads(_module: nn.Module, _args: Any, _output: Any) -> None:
+    torch.set_num_threads(_threads)

@@ -1,0 +1,109 @@
+"""How a memory budget is divided: what must be there, and the caches of the sites.
+
+Everything is in bytes and in whole records; nothing is allocated here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dipnet.errors import InputError
+from dipnet.store.index import Index
+from dipnet.streaming.engine import Key
+
+CACHED = ("mlp.in", "mlp.hidden")
+"""The groups whose records may be streamed; the others are held in memory."""
+_LETTERS = "kmgt"
+_UNITS = {"": 1, "b": 1} | {
+    letter + ending: (1000 if ending == "b" else 1024) ** power
+    for power, letter in enumerate(_LETTERS, 1)
+    for ending in ("", "b", "ib")
+}
+MARGIN = 96 << 20
+"""What Python, torch and the kernel's own bookkeeping may still take after loading."""
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of a size such as ``4GiB``, ``1.5G``, ``800MB`` or a number; InputError otherwise.
+
+    As in GNU tools, K, M, G, T and KiB, MiB, ... are powers of 1024; kB, MB, ... of 1000.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise InputError(f"{text!r} is no size in memory: write 4GiB, 1.5G, 800MB or bytes")
+    return int(float(match[1]) * unit)
+
+
+def size_text(size: float) -> str:
+    """A size for people: ``1.25 GiB``."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.4g} {name}"
+    return f"{size:.0f} B"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Memory in bytes that a model takes apart from its caches.
+
+    ``process`` is what the process holds when the budget is divided; ``pinned`` the records that
+    are never streamed; ``frames`` those on their way; ``keys`` the key/value cache of the longest
+    sequence; ``work`` the activations and sums of a prompt's piece.
+    """
+
+    process: int
+    pinned: int
+    frames: int
+    keys: int
+    work: int
+
+    @property
+    def total(self) -> int:
+        """All of it, with the margin."""
+        return self.process + self.pinned + self.frames + self.keys + self.work + MARGIN
+
+    def left(self, memory: int) -> int:
+        """What a budget leaves for the caches; InputError when it is too small."""
+        if memory < self.total:
+            smallest = -(-self.total // 2**20)
+            raise InputError(
+                f"a budget of {size_text(memory)} is too small for this model: the smallest that "
+                f"works is {smallest} MiB (the process {size_text(self.process)}, weights that are "
+                f"always in memory {size_text(self.pinned)}, keys and values "
+                f"{size_text(self.keys)}, buffers {size_text(self.frames + self.work)}, margin "
+                f"{size_text(MARGIN)}); a shorter context needs less"
+            )
+        return memory - self.total
+
+
+def pinned_bytes(index: Index) -> int:
+    """Bytes of the records that are always in memory."""
+    return sum(group.bytes for group in index.groups if group.name not in CACHED)
+
+
+def divide(index: Index, budget: int | None, densities: Mapping[Key, float]) -> dict[Key, int]:
+    """Slots of every group when ``budget`` bytes are for the caches (None: everything is held).
+
+    A site gets a share in proportion to the bytes that a token wants of it, so that all have the
+    same chance of a hit; what a site cannot use goes to the others.
+    """
+    slots = {group.key: group.units for group in index.groups}
+    if budget is None:
+        return slots
+    sizes = {key: index.group(*key).bytes for key in slots if key[1] in CACHED}
+    wanted = {key: densities[key] * size for key, size in sizes.items()}
+    left = budget
+    while wanted:
+        share = left / sum(wanted.values())
+        whole = [key for key, bytes_ in wanted.items() if share * bytes_ >= sizes[key]]
+        for key in whole:
+            left -= sizes[key]
+            del wanted[key]
+        if not whole:
+            break
+    for key, bytes_ in wanted.items():
+        slots[key] = int(share * bytes_) // index.group(*key).record_bytes
+    return slots

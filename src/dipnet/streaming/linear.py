@@ -1,0 +1,182 @@
+"""The modules that take the place of a model's linear layers and of its token embedding.
+
+Matrices that share an input share records: the first of them that is called computes all, and the
+others take their rows.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dipnet.methods.base import Method
+from dipnet.models.caching import SiteCache
+from dipnet.models.tokens import TokenState
+from dipnet.models.usage import Usage
+from dipnet.store.index import Group
+from dipnet.streaming.engine import Engine, Key
+from dipnet.streaming.look_ahead import LookAhead
+from dipnet.units import Site
+
+TOKENS = 64
+"""Tokens of a prompt that are multiplied together: each record is read once for all of them."""
+
+
+@dataclass
+class Seconds:
+    """Time spent outside the native core."""
+
+    selection: float = 0.0
+
+
+class EngineCache:
+    """The engine's cache of one group, as `dipnet.cache` describes a cache."""
+
+    def __init__(self, engine: Engine, key: Key) -> None:
+        self._engine = engine
+        self._key = key
+
+    @property
+    def resident(self) -> np.ndarray:
+        """(units,) what is in memory."""
+        return self._engine.resident(self._key)
+
+    def access(self, wanted: np.ndarray) -> tuple[int, int, int]:
+        """Use the (units,) wanted units."""
+        return self._engine.access(self._key, wanted)
+
+
+@dataclass
+class Masks:
+    """Decides the masks of one site: the method's, with the engine's cache."""
+
+    site: Site
+    method: Method
+    tokens: TokenState
+    usage: Usage
+    cache: SiteCache
+    seconds: Seconds
+
+    def __call__(self, x: Tensor, flags: Flags) -> Tensor:
+        """(tokens, channels) -> (tokens, units) bool."""
+        begun = time.perf_counter()
+        scores = self.method.score(self.site, x)
+        mask, hits = self.cache.select(scores, flags.counted)
+        self.usage.count_units(self.site, mask, flags.counted)
+        self.usage.count_hits(self.site, hits)
+        if flags.dense is not None:
+            mask = mask | flags.dense.unsqueeze(-1)
+        self.seconds.selection += time.perf_counter() - begun
+        return mask
+
+    def guess(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(1, channels) -> the (units,) mask and scores that ``x`` would give; nothing is kept."""
+        scores = self.method.score(self.site, x)[0]
+        resident = torch.from_numpy(self.cache.cache.resident.copy())
+        return self.method.select(self.site, scores, resident), scores
+
+
+@dataclass(frozen=True)
+class Flags:
+    """(tokens,) bools of a call, None for none or all: which are dense, which are counted."""
+
+    dense: Tensor | None
+    counted: Tensor | None
+
+    def part(self, start: int, stop: int) -> Flags:
+        """The flags of some of the tokens."""
+        return Flags(*(None if f is None else f[start:stop] for f in (self.dense, self.counted)))
+
+
+class RecordGroup:
+    """The matrices of one group: (..., channels) -> (..., rows), from records."""
+
+    def __init__(
+        self, engine: Engine, group: Group, tokens: TokenState, masks: Masks | None
+    ) -> None:
+        self.engine = engine
+        self.group = group
+        self.key: Key = group.key
+        self.tokens = tokens
+        self.masks = masks
+        self.look_ahead: LookAhead | None = None
+        self._all = torch.ones(TOKENS, group.units, dtype=torch.bool)
+        self._input: Tensor | None = None
+        self._output: Tensor | None = None
+        self._takers = 0
+
+    @property
+    def held(self) -> bool:
+        """Whether all records are in memory, always."""
+        return self.engine.slots[self.key] == self.group.units
+
+    def rows(self, x: Tensor, rows: slice, takers: int) -> Tensor:
+        """Some rows of the product with ``x``; ``takers`` calls with one input share a product."""
+        if self._input is not x or self._output is None:
+            self._input, self._takers = x, takers
+            self._output = self.product(x)
+        made = self._output[..., rows]
+        self._takers -= 1
+        if self._takers == 0:
+            self._input = self._output = None
+        return made
+
+    def product(self, x: Tensor) -> Tensor:
+        """(..., channels) -> (..., rows), in pieces of `TOKENS` tokens."""
+        flat = x.detach().reshape(-1, self.group.channels).float().contiguous()
+        flags = self._flags(len(flat))
+        made = [
+            self._piece(flat[i : i + TOKENS], flags.part(i, i + TOKENS))
+            for i in range(0, len(flat), TOKENS)
+        ]
+        joined = made[0] if len(made) == 1 else torch.cat(made)
+        return joined.view(*x.shape[:-1], self.group.rows).to(x.dtype)
+
+    def _flags(self, count: int) -> Flags:
+        """The flags of the call's tokens; the head may see only the last of them."""
+        if self.masks is None:
+            return Flags(None, None)
+        dense, counted = self.tokens.dense, self.tokens.counted
+        if self.tokens.all_dense:
+            return Flags(torch.ones(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool))
+        return Flags(*(None if f is None else f.reshape(-1) for f in (dense, counted)))
+
+    def _piece(self, x: Tensor, flags: Flags) -> Tensor:
+        masks = self._masks(x, flags)
+        self.engine.begin(self.key, x, masks)
+        if self.look_ahead is not None and len(x) == 1:
+            self.look_ahead.during()
+        return self.engine.finish(self.key, len(x))
+
+    def _masks(self, x: Tensor, flags: Flags) -> Tensor:
+        if self.masks is not None:
+            return self.masks(x, flags)
+        wanted = self._all[: len(x)]
+        self.engine.access(self.key, wanted[0].numpy())
+        return wanted
+
+
+class RecordLinear(nn.Module):
+    """Stands for a linear layer that holds one or more matrices of a group."""
+
+    def __init__(self, group: RecordGroup, rows: slice, takers: int, bias: Tensor | None) -> None:
+        super().__init__()
+        self.group = group
+        self.rows = rows
+        self.takers = takers
+        self.in_features = group.group.channels
+        self.out_features = rows.stop - rows.start
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        made = self.group.rows(x, self.rows, self.takers)
+        return made if self.bias is None else made + self.bias
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` says of it."""
+        return f"{self.in_features}, {self.out_features}, from records of {self.group.group.label}"

@@ -1,0 +1,212 @@
+"""`dipnet.load`: a Hugging Face model whose weights stay in a store.
+
+The model is built without its weights; its linear layers and its embedding are replaced, and what
+is left (norms, biases) is filled in. So the family's own code runs, `generate()` and all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from dipnet.cache import check_policy
+from dipnet.errors import InputError
+from dipnet.methods.base import Method
+from dipnet.methods.dense import Dense
+from dipnet.methods.dip import DIP
+from dipnet.models.families import Decoder, context_length
+from dipnet.models.tokens import Prefill
+from dipnet.store.index import REST_NAME, Index, read_index
+from dipnet.streaming.attach import Streamed, streamed
+from dipnet.streaming.budget import Needs, divide, parse_size, pinned_bytes
+from dipnet.streaming.embedding import row_embedding
+from dipnet.streaming.engine import Engine, Key, Reader
+from dipnet.streaming.linear import TOKENS
+from dipnet.streaming.stats import Stats, process_bytes
+from dipnet.units import ModelSpec
+
+DEFAULT_CONTEXT = 1024
+"""Tokens of the longest sequence that memory is kept for, unless the caller says more."""
+
+
+def load(
+    path: str | Path,
+    method: Method | None = None,
+    *,
+    memory: str | int | None = None,
+    cache: str | int | None = None,
+    context: int | None = None,
+    policy: str = "lfu",
+    prefill: Prefill = "dense",
+    look_ahead: bool = True,
+    reader: Reader | None = None,
+) -> PreTrainedModel:
+    """A causal LM that decodes with ``method`` (None: dense) from the store at ``path``.
+
+    ``memory`` ("4GiB" or bytes) bounds the whole process: what is not taken by the interpreter,
+    by the weights that are always in memory (attention, head), by keys and values for ``context``
+    tokens and by buffers becomes the caches of the MLP's records. ``cache`` sets the size of those
+    caches instead, with no bound on the rest; with neither, everything is in memory. ``policy`` is
+    what a cache evicts: "lfu" or "lru". ``prefill`` is as in `sparsify`. ``look_ahead`` reads
+    records ahead on a guess; results are the same without it. ``reader`` is for tests and
+    measurements.
+
+    Raises InputError when the store is damaged, the method cannot run on its records, or the
+    budget is too small (the message says which works); `StoreError`, an InputError, when a record
+    cannot be read later.
+    """
+    folder = Path(path)
+    index = read_index(folder)
+    check_policy(policy)
+    if memory is not None and cache is not None:
+        raise InputError("give either memory (of the whole process) or cache (of the records)")
+    sizes = {"memory": memory, "cache": cache}
+    bounds = {name: parse_size(size) for name, size in sizes.items() if size is not None}
+    model, scales = _skeleton(folder)
+    decoder = Decoder(model)
+    chosen = fitted_method(method or Dense(), index, decoder.spec)
+    reader = reader or Reader()
+    budget = bounds.get("cache")
+    if "memory" in bounds:
+        tokens = _context(model, context)
+        budget = needs(index, model, reader, tokens).left(bounds["memory"])
+    slots = divide(index, budget, densities(chosen, index, decoder.spec))
+    engine = Engine(folder, index, scales, slots, policy, reader)
+    attached = Streamed(decoder, engine, chosen, prefill, look_ahead=look_ahead)
+    attached.attach()
+    for group in index.groups:
+        if slots[group.layer, group.name] == group.units:
+            engine.hold(group.key)
+    attached.recorder.reset()
+    return model
+
+
+def stats(model: PreTrainedModel) -> Stats:
+    """What a streamed model did since `reset_stats`, or since it was loaded.
+
+    Raises InputError when the model was not made by `load`.
+    """
+    return streamed(model).recorder.stats()
+
+
+def reset_stats(model: PreTrainedModel) -> None:
+    """Count anew from here: usage and statistics; the caches stay warm."""
+    attached = streamed(model)
+    attached.recorder.reset()
+    attached.usage.reset()
+
+
+def needs(index: Index, model: PreTrainedModel, reader: Reader, tokens: int) -> Needs:
+    """The memory that a store's model takes beside its caches, for sequences of ``tokens``."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    largest = max(TOKENS * (8 * g.outputs + 12 * g.rows + 16 * g.channels) for g in index.groups)
+    return Needs(
+        process=process_bytes(),
+        pinned=pinned_bytes(index),
+        frames=reader.frame_bytes,
+        keys=2 * index.layers * heads * size * 4 * tokens,
+        work=largest,
+    )
+
+
+def densities(method: Method, index: Index, spec: ModelSpec) -> dict[Key, float]:
+    """The share of each group's records that a token wants."""
+    found: dict[Key, float] = {group.key: 1.0 for group in index.groups}
+    return found | {(site.layer, site.name): site.density for site in method.sites(spec)}
+
+
+def fitted_method(method: Method, index: Index, spec: ModelSpec) -> Method:
+    """The method as it runs on a store: with its blocks, and checked against its records."""
+    if not isinstance(method, Method):
+        raise InputError(f"method is a method such as dipnet.DIP(density=0.5), not {method!r}")
+    block = index.group(0, "mlp.hidden").block
+    if isinstance(method, DIP) and method.hidden_block is None and block > 1:
+        method = dataclasses.replace(method, hidden_block=block)
+    method.check(spec)
+    for site in method.sites(spec):
+        known = [name for _, name in (g.key for g in index.groups if g.layer == 0)]
+        group = index.group(site.layer, site.name) if site.name in known else None
+        matrices = tuple(operand.matrix for operand in site.operands)
+        if group is None or tuple(group.matrices) != matrices or site.scored_on in ("gate", "up"):
+            raise InputError(
+                f"{method.name} cannot run from a store: its masks at {site.name} thin "
+                f"{', '.join(matrices)} by neurons, and a store holds columns of input channels; "
+                "methods that can: dense, dip, teal, glu"
+            )
+        if group.block != site.block:
+            raise InputError(
+                f"the records of {site.name} hold blocks of {group.block} channels and the method "
+                f"decides about {site.block}: leave out hidden_block, or pack with --block "
+                f"{site.block}"
+            )
+    if any(method.weight_mask(0, matrix) is not None for matrix in spec.matrices):
+        raise InputError(f"{method.name} changes the weights: apply it before packing")
+    return method.prepare(_NoWeights(method.name), spec)
+
+
+class _NoWeights:
+    """What a method that wants to read the weights is told."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def matrix(self, _layer: int, _name: str) -> Tensor:
+        raise InputError(
+            f"{self._name} reads all weights to prepare itself, and a streamed model never holds "
+            "them: use dip, or evaluate it on the checkpoint"
+        )
+
+
+def _context(model: PreTrainedModel, asked: int | None) -> int:
+    longest = context_length(model)
+    if asked is not None and not 1 <= asked <= longest:
+        raise InputError(f"context must be between 1 and the model's {longest}, got {asked}")
+    return asked or min(longest, DEFAULT_CONTEXT)
+
+
+def _skeleton(folder: Path) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """The model with everything but its linear layers filled in, and the records' scales."""
+    config = AutoConfig.from_pretrained(folder)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    file = folder / REST_NAME
+    with safe_open(file, framework="pt") as rest:
+        names = set(rest.keys())
+        scales = {name: rest.get_tensor(name) for name in names if name.startswith("scale.")}
+        embedding = _name_of(model, model.get_input_embeddings())
+        model.set_submodule(embedding, row_embedding(file, f"{embedding}.weight", model))
+        for name in names - scales.keys() - {f"{embedding}.weight"}:
+            _fill(model, name, rest.get_tensor(name))
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval(), scales
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _fill(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a stored tensor in the place of an empty parameter."""
+    module_name, _, parameter = name.rpartition(".")
+    try:
+        module = model.get_submodule(module_name)
+        shape = getattr(module, parameter).shape
+    except AttributeError:
+        raise InputError(
+            f"{REST_NAME} holds {name!r}, which the model of its config lacks"
+        ) from None
+    if shape != value.shape:
+        raise InputError(
+            f"{name!r} in {REST_NAME} has the shape {tuple(value.shape)}, the config "
+            f"says {tuple(shape)}: pack the model again"
+        )
+    setattr(module, parameter, nn.Parameter(value.float(), requires_grad=False))

@@ -1,0 +1,48 @@
+"""Guesses of the next site's mask, made without a predictor while the disk is read.
+
+A guess only reads records ahead into frames. Masks, caches and results are the same without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dipnet.streaming.linear import RecordGroup
+
+
+class LookAhead:
+    """Reads ahead for ``group``: what its mask would be for an early guess of its input.
+
+    A group without masks is used whole: then everything is wanted, for certain. ``early`` makes
+    the guess, (1, channels), from what is known while another group's records arrive.
+    """
+
+    def __init__(self, group: RecordGroup, early: Callable[[], Tensor] | None) -> None:
+        self.group = group
+        self.early = early
+        self._all = torch.ones(group.group.units, dtype=torch.bool)
+        self._scores = torch.ones(group.group.units)
+
+    def with_input(self, x: Tensor) -> None:
+        """Read ahead for ``x``, a (1, channels) guess of the group's input."""
+        masks = self.group.masks
+        if masks is None:
+            self._certain()
+        else:
+            mask, scores = masks.guess(x)
+            self.group.engine.prefetch(self.group.key, mask, scores)
+
+    def during(self) -> None:
+        """Read ahead while another group's records arrive."""
+        if self.group.masks is None:
+            self._certain()
+        elif self.early is not None:
+            self.with_input(self.early())
+
+    def _certain(self) -> None:
+        self.group.engine.prefetch(self.group.key, self._all, self._scores, certain=True)

@@ -1,0 +1,91 @@
+"""What the benchmarks of whole decoders rest on: cgroups, medians, the random store."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dipnet.store.checksum import record_checksums
+from dipnet.store.index import RECORDS_NAME
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+TINY = {"layers": 2, "hidden": 128, "ffn": 320, "heads": 2, "kv_heads": 1, "head_dim": 64}
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports one of the benchmarks' modules as the scripts beside it do."""
+    for folder in (BENCHMARKS, BENCHMARKS / "peer"):
+        monkeypatch.syspath_prepend(str(folder))
+    return import_module
+
+
+@pytest.mark.parametrize(("text", "size"), [("4GiB", 4 << 30), ("1.5MB", 1_500_000), ("7", 7)])
+def test_sizes(tool: Any, text: str, size: int) -> None:
+    assert tool("cgroup").parse_size(text) == size
+
+
+def test_ratio_is_of_paired_rounds(tool: Any) -> None:
+    rounds = tool("timing").Rounds
+    slow = rounds([{"median_seconds": 4.0}, {"median_seconds": 40.0}, {"median_seconds": 9.0}])
+    fast = rounds([{"median_seconds": 2.0}, {"median_seconds": 10.0}, {"median_seconds": 3.0}])
+    assert fast.ratio(slow) == 3.0
+    assert rounds([], "killed").ratio(slow) != rounds([], "killed").ratio(slow)  # not a number
+
+
+def test_json_line_has_no_nan(tool: Any) -> None:
+    result = {"a": [1, float("nan")], "b": {"c": "x"}, "d": None}
+    line = tool("timing").json_line(result)
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "a": [1, None],
+        "b": {"c": "x"},
+        "d": None,
+    }
+
+
+@pytest.fixture
+def cgroup(tool: Any) -> Any:
+    """The module, where this system lets us make a memory cgroup."""
+    module = tool("cgroup")
+    try:
+        with module.memory_group(1 << 28):
+            pass
+    except (module.CgroupError, OSError) as error:
+        pytest.skip(f"no memory cgroups here: {error}")
+    return module
+
+
+def test_cgroup_reports_and_limits(cgroup: Any) -> None:
+    code = "x = b'1' * int(__import__('sys').argv[1]); print(len(x))"
+    small, large = 30_000_000, 200_000_000
+    fits = cgroup.run([sys.executable, "-c", code, str(small)], 100 << 20, timeout=60)
+    assert (fits.returncode, fits.oom_kills, fits.stdout) == (0, 0, f"{small}\n")
+    assert small < fits.peak < 100 << 20
+    killed = cgroup.run([sys.executable, "-c", code, str(large)], 100 << 20, timeout=60)
+    assert killed.oom_kills == 1
+    assert killed.returncode < 0
+
+
+def test_cgroup_ends_what_takes_too_long(cgroup: Any) -> None:
+    done = cgroup.run(["sh", "-c", "echo begun; sleep 60 & sleep 60"], 100 << 20, timeout=0.5)
+    assert (done.timed_out, done.stdout) == (True, "begun\n")
+
+
+def test_random_store(tool: Any, tmp_path: Path) -> None:
+    make_store, shapes = tool("make_store"), tool("shapes")
+    sizes = shapes.Shapes(**TINY, vocabulary=288, context=64)
+    indices = [make_store.make(tmp_path / name, sizes, 8, seed=1) for name in ("a", "b")]
+    stored = [(tmp_path / name / RECORDS_NAME).read_bytes() for name in ("a", "b")]
+    assert indices[0] == indices[1]
+    assert stored[0] == stored[1]
+    content = np.frombuffer(stored[0], np.uint8)
+    for number, group in enumerate(indices[0].groups):
+        records = content[group.offset : group.end].reshape(group.units, -1)
+        sums = record_checksums(records, group=number, first_unit=0)
+        assert np.array_equal(records[:, -8:].copy().view("<u8")[:, 0], sums)
