@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dipnet.cli.console import json_text, out, stream, titled_table
+from dipnet.cli.demo_streamed import show_streamed
 from dipnet.cli.inputs import calibration_text, calibration_tokens, load, tokens_of
 from dipnet.cli.methods import parse_method
 from dipnet.cli.sweeping import measure, needs_calibration, plan_jobs, show
@@ -45,12 +46,13 @@ A dense model reads every weight for every token. With Dynamic Input Pruning (DI
 only the weights that matter to it: those of the largest inputs of each MLP matrix, chosen anew for
 each token, without any training. You will see a small model ({parameters:.0f} M parameters, trained
 on old books) continue a text with all its weights, then with half of its MLP weights; what that
-does to its perplexity on text it has never seen; and how DIP compares with other methods.
+does to its perplexity on text it has never seen; how DIP compares with other methods; and then the
+same model again, read from disk while it writes.
 """
 SPEED = """\
 The tokens/s are those of the reference backend. It computes the masks and the exact result, but
 still reads every weight of a model that fits in memory: so DIP saves no time here. Its densities
-are what an engine saves that skips the dropped weights.
+are what an engine saves that skips the dropped weights; there is one below.
 """
 
 
@@ -74,7 +76,8 @@ def demo(
     _print_comparison(reports, texts)
     for report in reports:
         show(report)
-    _save(folder, reports, texts)
+    streamed = show_streamed(PROMPT)
+    _save(folder, reports, texts, streamed)
     _print_next(folder)
 
 
@@ -155,7 +158,12 @@ def _row(report: Report, label: str) -> Measured:
     return figures
 
 
-def _save(folder: Path, reports: list[Report], texts: dict[str, Generation]) -> None:
+def _save(
+    folder: Path,
+    reports: list[Report],
+    texts: dict[str, Generation],
+    streamed: list[dict[str, Any]],
+) -> None:
     from dipnet.eval.plot import Panel, draw
     from dipnet.eval.report import as_json
 
@@ -168,6 +176,7 @@ def _save(folder: Path, reports: list[Report], texts: dict[str, Generation]) -> 
         "seed": SEED,
         "generated": [_generation_json(label, made) for label, made in texts.items()],
         "evaluations": [as_json(report) for report in reports],
+        "streamed": streamed,
     }
     write_file(folder / FIGURES, json_text(figures))
 
@@ -191,6 +200,7 @@ def _print_next(folder: Path) -> None:
         'run --prompt "The ship" --density 0.4 --temperature 0.8',
         "eval --method dip --method wina --density 0.5 --windows 32",
         "info demo-relu",
+        'run --weights int4 --cache 4MiB --prompt "The ship"',
     ):
         out.print(f"  {program} {command}", markup=False, soft_wrap=True)
 

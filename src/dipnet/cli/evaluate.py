@@ -32,7 +32,8 @@ from dipnet.cli.options import (
     Seed,
     Window,
 )
-from dipnet.cli.sweeping import measure, needs_calibration, plan_jobs, show
+from dipnet.cli.streamed import Memory, Streaming, Weights, shapes_of, source_of
+from dipnet.cli.sweeping import measure, measure_store, needs_calibration, plan_jobs, show
 from dipnet.errors import InputError
 from dipnet.files import check_writable, make_folder, write_file
 from dipnet.units import check_density
@@ -116,18 +117,25 @@ def evaluate(
         int, typer.Option(min=0, help="Leading tokens of a window that stay dense and unscored")
     ] = 0,
     cache: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            metavar="SHARE",
-            help="Give every site a cache of so many of its units: counts hits, and lets "
-            "dip:cache_aware=0.2 prefer what is resident",
+            metavar="SHARE|SIZE",
+            help="A packed model's record cache in bytes: 64MiB; a checkpoint's as a share of each "
+            "site's units: 0.5. Counts hits, and lets dip:cache_aware=0.2 prefer what is resident",
             show_default=False,
         ),
     ] = None,
     cache_policy: Annotated[
         str | None,
-        typer.Option(help="What it evicts: lru or lfu; default: lru", show_default=False),
+        typer.Option(
+            "--cache-policy",
+            "--policy",
+            help="What it evicts: lru or lfu; default: lfu packed, else lru",
+            show_default=False,
+        ),
     ] = None,
+    memory: Memory = None,
+    weights: Weights = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -150,13 +158,19 @@ def evaluate(
     Example: dipnet eval --method dip --method cats --density 0.5 --density 0.4 --plot p.png
 
     Example: dipnet eval Qwen/Qwen3-0.6B --text test.txt --method dip --density 0.5 --out results
+
+    Example: dipnet eval qwen3.dipnet --text test.txt --density 0.5 --memory 1GiB
     """
     _check_outputs(plot, out)
     requests = [parse_method(name) for name in unique(method or ["dip"])]
     densities = _densities(requests, density)
     _check_split(requests, fit_split)
-    caching = _caching(requests, cache, cache_policy)
     quiet_libraries()
+    streaming = Streaming(memory, cache, cache_policy, weights=weights)
+    streams = streaming.streams(model, device, dtype, shares=True)
+    caching = None if streams else _caching(requests, cache, cache_policy)
+    if streams:
+        _check_streaming(streaming, requests, calibration, fit_split)
     from transformers import set_seed
 
     from dipnet.eval.report import Report
@@ -165,14 +179,21 @@ def evaluate(
     content = _text(model, Source(text, dataset, dataset_config, split, column))
     calibrate_on = calibration_text(model, calibration)
     fit_on = read_text(fit_split) if fit_split else None
-    loaded = load(model, device, dtype)
+    store = streaming.open(model) if streams else None
+    loaded = shapes_of(store) if store else load(model, device, dtype)
     setting = _setting(loaded, window, stride, dense_prompt, bos, batch_size, caching)
     measured = tokens_of(loaded, content)
     used = setting.first(measured.tokens, windows)
     jobs = plan_jobs(loaded, requests, densities)
+    set_seed(seed)
+    if store:
+        held = streaming.setting(store, setting.window)
+        rows = measure_store(store, jobs, used, setting, held)
+        windows_used = setting.count(used)
+        report = Report(loaded, measured, setting, windows_used, seed, rows, held=held)
+        return _deliver(report, json=json, plot=plot, folder=out)
     fitted_on = calibration_tokens(loaded, calibrate_on) if needs_calibration(jobs) else None
     split_on = split_tokens(loaded, fit_on, setting.window) if fit_on else None
-    set_seed(seed)
     rows = measure(loaded, jobs, used, setting, fitted_on, split_on)
     report = Report(loaded, measured, setting, setting.count(used), seed, rows, fitted_on, split_on)
     _deliver(report, json=json, plot=plot, folder=out)
@@ -206,19 +227,45 @@ def _check_split(requests: Sequence[MethodRequest], file: Path | None) -> None:
 
 
 def _caching(
-    requests: Sequence[MethodRequest], share: float | None, policy: str | None
+    requests: Sequence[MethodRequest], share: str | None, policy: str | None
 ) -> CacheSettings | None:
-    """What the options say of a cache; InputError when they make no sense together."""
+    """What the options say of a checkpoint's cache; InputError when they make no sense together."""
     from dipnet.cache import CacheSettings
 
     if share is not None:
-        return CacheSettings(share, policy or "lru")
+        return CacheSettings(_share(share), policy or "lru")
     if policy is not None:
         raise InputError("--cache-policy goes with --cache SHARE: give that")
     aware = [request.label for request in requests if "cache_aware" in request.options]
     if aware:
         raise InputError(f"{', '.join(aware)}: cache_aware has no effect without --cache SHARE")
     return None
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(
+            f"--cache {text}: a checkpoint's cache is a share of each site's units such as 0.5; "
+            "sizes are for packed models (dipnet pack, or --weights int4)"
+        ) from None
+
+
+def _check_streaming(
+    streaming: Streaming,
+    requests: Sequence[MethodRequest],
+    calibration: Path | None,
+    fit_split: Path | None,
+) -> None:
+    """Raise InputError for what cannot be done with a packed model."""
+    streaming.check(requests)
+    for option, file in (("--calibration", calibration), ("--fit-split", fit_split)):
+        if file:
+            raise InputError(
+                f"{option} needs the dense model, and a store does not hold it: leave it out, or "
+                "measure the checkpoint"
+            )
 
 
 def _setting(
@@ -251,7 +298,7 @@ def _text(model: str | None, source: Source) -> Text:
         raise InputError("--dataset-config, --split and --column go with --dataset: give that")
     if source.file:
         return read_text(source.file)
-    if model is None or is_bundled(model):
+    if model is None or is_bundled(source_of(model)):
         return bundled_text("heldout")
     check_name(model)
     raise InputError(f"what shall {model!r} be measured on? give --text or --dataset")

@@ -10,6 +10,8 @@ from rich.table import Table
 from dipnet.cli.console import note, out, print_json, quiet_libraries, titled_table
 from dipnet.cli.methods import MethodRequest, unique
 from dipnet.cli.options import Densities, Json, Model
+from dipnet.cli.pack import show_groups, summary
+from dipnet.errors import InputError
 from dipnet.units import ATTENTION_MATRICES, MLP_MATRICES
 
 if TYPE_CHECKING:
@@ -19,21 +21,60 @@ if TYPE_CHECKING:
     from dipnet.units import ModelSpec
 
 SCHEMA = "dipnet.info/1"
+STORE_SCHEMA = "dipnet.store-info/1"
 DENSITIES = (1.0, 0.8, 0.5, 0.3)
 
 
 def info(model: Model = None, density: Densities = None, json: Json = False) -> None:
     """Show a model's shapes, sites and units, and the bytes that a token reads.
 
-    Reads the config alone: no weights are loaded.
+    Reads the config alone: no weights are loaded. Of a store that `dipnet pack` made it shows the
+    records, and the smallest memory that it runs in.
 
     Example: dipnet info meta-llama/Llama-3.1-8B --density 0.5
     """
+    if _is_store(model):
+        if density:
+            raise InputError("--density has no effect on a store: leave it out")
+        return _store_info(str(model), json)
     described = _describe(model, unique(density or DENSITIES))
     if json:
         print_json(described)
     else:
         _print(described)
+
+
+def _is_store(name: str | None) -> bool:
+    quiet_libraries()
+    from dipnet.streaming.packed import is_store
+
+    return name is not None and is_store(name)
+
+
+def _store_info(name: str, json: bool) -> None:
+    """Show what a store holds, and what it needs."""
+    from dipnet.models.load import load_tokenizer
+    from dipnet.store.index import read_index
+    from dipnet.streaming.budget import CACHED, size_text
+    from dipnet.streaming.load import DEFAULT_CONTEXT, measured_needs
+
+    index = read_index(name)
+    load_tokenizer(name)  # a part of what a process holds that runs the model
+    context = min(index.context, DEFAULT_CONTEXT)
+    smallest = measured_needs(name, context).smallest
+    streamed = sum(group.bytes for group in index.groups if group.name in CACHED)
+    if json:
+        needs = {"context_of_smallest": context, "smallest_memory": smallest}
+        about = {"schema": STORE_SCHEMA, "store": name, "context": index.context}
+        return print_json({**about, **summary(index), "streamed_bytes": streamed, **needs})
+    show_groups(index)
+    out.print(
+        f"The records of {' and '.join(CACHED)}, {size_text(streamed)}, may stay on disk. For "
+        f"{context:,} tokens the smallest that works is --memory {smallest >> 20}MiB; a shorter "
+        "text needs less.",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _describe(name: str | None, densities: list[float]) -> dict[str, Any]:

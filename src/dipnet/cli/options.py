@@ -19,7 +19,7 @@ Model = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
-        help="Hub id or local folder; default: the bundled demo-swiglu",
+        help="Hub id, local folder, or a store; default: the bundled demo-swiglu",
         show_default=False,
     ),
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +11,7 @@ import typer
 from dipnet.cli.console import err, note, out, print_json, quiet_libraries, titled_table
 from dipnet.cli.options import Json
 from dipnet.cli.progress import byte_progress
+from dipnet.cli.streamed import Kind
 from dipnet.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,14 +22,6 @@ if TYPE_CHECKING:
     from dipnet.store.index import Index
 
 SCHEMA = "dipnet.pack/1"
-
-
-class Kind(StrEnum):
-    """How weights are stored."""
-
-    INT4 = "int4"
-    INT8 = "int8"
-    BF16 = "bf16"
 
 
 def pack(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +25,16 @@ from dipnet.cli.options import (
     Model,
     Seed,
 )
+from dipnet.cli.streamed import (
+    STORES,
+    Memory,
+    NoLookAhead,
+    Policy,
+    Streaming,
+    Weights,
+    decoding_json,
+    show_decoding,
+)
 from dipnet.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,6 +45,7 @@ if TYPE_CHECKING:
     from dipnet.methods.base import Method
     from dipnet.models.load import LoadedModel
     from dipnet.models.usage import Density
+    from dipnet.streaming.stats import Stats
 
 SCHEMA = "dipnet.run/1"
 DEFAULT_DENSITY = 0.5
@@ -43,6 +56,19 @@ class Prefill(StrEnum):
 
     DENSE = "dense"
     SPARSE = "sparse"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The text made, the density of its tokens, the peak of memory in bytes.
+
+    ``stats`` are a packed model's of the decoded tokens; None for a checkpoint.
+    """
+
+    made: Generation
+    density: Density
+    memory: int
+    stats: Stats | None
 
 
 def run(
@@ -75,30 +101,60 @@ def run(
     device: Device = "auto",
     dtype: Dtype = "auto",
     calibration: Calibration = None,
+    memory: Memory = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Or the size of the record cache alone: 64MiB",
+            show_default=False,
+            rich_help_panel=STORES,
+        ),
+    ] = None,
+    policy: Policy = None,
+    no_look_ahead: NoLookAhead = False,
+    weights: Weights = None,
     json: Json = False,
 ) -> None:
     """Generate text; it streams as it is made, and a summary follows.
 
+    MODEL may also be a store that `dipnet pack` made: its weights then stay on disk, as far as
+    --memory or --cache leave no room for them.
+
     Example: dipnet run --prompt "Once upon a time" --method dip --density 0.5
 
     Example: dipnet run Qwen/Qwen3-0.6B --chat --prompt "Why is the sky blue?"
+
+    Example: dipnet run qwen3.dipnet --memory 1GiB --prompt "Once upon a time"
     """
     request = parse_method(method)
     planned = _plan(request, density)
     text = _prompt(prompt, prompt_file)
     quiet_libraries()
     sampling = _sampling(temperature, top_p, seed)
-    fitted_on = calibration_text(model, calibration)
-    loaded = load(model, device, dtype)
-    from dipnet.eval.generate import encode_prompt
-
-    tokens = encode_prompt(loaded, text, chat=chat)
-    chosen = _ready(loaded, planned, fitted_on)
-    made = _generate(loaded, chosen, tokens, max_new_tokens, prefill, sampling, show=not json)
-    if json:
-        print_json({**_about(loaded, request, chosen, text, prefill, sampling), **_figures(*made)})
+    streaming = Streaming(memory, cache, policy, not no_look_ahead, weights)
+    streams = streaming.streams(model, device, dtype)
+    streaming.check([request])
+    if streams and calibration:
+        raise InputError("--calibration has no effect on a packed model: leave it out")
+    store = streaming.open(model) if streams else None
+    if store is None:
+        fitted_on = calibration_text(model, calibration)
+        loaded = load(model, device, dtype)
+        tokens = _encode(loaded, text, chat)
+        chosen = _ready(loaded, planned, fitted_on)
     else:
-        _summarise(request, chosen, *made)
+        loaded, tokens, chosen = _open(
+            store, streaming, planned, text, chat, max_new_tokens, prefill
+        )
+    with _attached(loaded, chosen, prefill, store):
+        outcome = _generate(loaded, tokens, max_new_tokens, sampling, store, show=not json)
+    if json:
+        about = _about(loaded, request, chosen, text, prefill, sampling)
+        packed = {"streaming": streaming.as_json()} if store else {}
+        print_json({**about, **packed, **_figures(outcome)})
+    else:
+        _summarise(request, chosen, outcome, streaming)
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
@@ -128,6 +184,48 @@ def _sampling(temperature: float, top_p: float | None, seed: int) -> Sampling:
     return Sampling(temperature, 1.0 if top_p is None else top_p, seed=seed)
 
 
+def _encode(loaded: LoadedModel, text: str, chat: bool) -> Tensor:
+    from dipnet.eval.generate import encode_prompt
+
+    return encode_prompt(loaded, text, chat=chat)
+
+
+def _open(
+    store: Path,
+    streaming: Streaming,
+    method: Method,
+    text: str,
+    chat: bool,
+    max_new_tokens: int,
+    prefill: Prefill,
+) -> tuple[LoadedModel, Tensor, Method]:
+    """A packed model with memory for this text and no more, the prompt's tokens, the method."""
+    from dipnet.eval.generate import prompt_tokens
+    from dipnet.models.load import load_tokenizer
+    from dipnet.store.index import read_index
+    from dipnet.streaming.attach import streamed
+
+    longest = read_index(store).context
+    tokens = prompt_tokens(str(store), load_tokenizer(str(store)), longest, text, chat=chat)
+    context = min(longest, tokens.shape[1] + max_new_tokens)
+    loaded = streaming.load(store, method, context, prefill.value)
+    return loaded, tokens, streamed(loaded.model).method
+
+
+@contextmanager
+def _attached(
+    loaded: LoadedModel, method: Method, prefill: Prefill, store: Path | None
+) -> Iterator[None]:
+    """The method on the model; a packed one was loaded with it."""
+    from dipnet.models.attach import sparsify
+
+    if store is None:
+        with sparsify(loaded.model, method, prefill=prefill.value):
+            yield
+    else:
+        yield
+
+
 def _ready(loaded: LoadedModel, method: Method, fitted_on: Text | None) -> Method:
     """The method, calibrated where it needs that."""
     from dipnet.adapt.ready import Fitter
@@ -141,33 +239,40 @@ def _ready(loaded: LoadedModel, method: Method, fitted_on: Text | None) -> Metho
 
 def _generate(
     loaded: LoadedModel,
-    method: Method,
     prompt: Tensor,
     max_new_tokens: int,
-    prefill: Prefill,
     sampling: Sampling,
+    store: Path | None,
     *,
     show: bool,
-) -> tuple[Generation, Density, int]:
-    """The text made, the density of its tokens, and the peak of memory in bytes."""
+) -> Outcome:
+    """Generate; what was written stays when an error or an interruption ends it."""
     from dipnet.eval.generate import generate, peak_memory
-    from dipnet.models.attach import sparsify, usage
+    from dipnet.models.attach import usage
+    from dipnet.streaming.load import stats
 
     room = loaded.context - prompt.shape[1]
     if max_new_tokens > room:
         note(f"the context of {loaded.context} tokens has room for {room} new ones: stopping there")
-    with sparsify(loaded.model, method, prefill=prefill.value):
+    of_prompt: list[Stats] = []
+    try:
         made = generate(
             loaded,
             prompt,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             write=stream if show else None,
+            decoding=(lambda: of_prompt.append(stats(loaded.model))) if store else None,
         )
-        density = usage(loaded.model).density()
-    if show:
-        stream("\n")
-    return made, density, peak_memory(loaded.model.device)
+    finally:
+        if show:
+            stream("\n")
+    return Outcome(
+        made,
+        usage(loaded.model).density(),
+        peak_memory(loaded.model.device),
+        stats(loaded.model).since(of_prompt[0]) if store else None,
+    )
 
 
 def _about(
@@ -197,8 +302,9 @@ def _about(
     }
 
 
-def _figures(made: Generation, density: Density, memory: int) -> dict[str, Any]:
+def _figures(outcome: Outcome) -> dict[str, Any]:
     """What came out, for the JSON."""
+    made, stats = outcome.made, outcome.stats
     return {
         "text": made.text,
         "prompt_tokens": made.prompt_tokens,
@@ -207,17 +313,19 @@ def _figures(made: Generation, density: Density, memory: int) -> dict[str, Any]:
         "prompt_seconds": made.prompt_seconds,
         "decode_seconds": made.decode_seconds,
         "tokens_per_second": made.tokens_per_second,
-        "density": asdict(density),
-        "peak_memory_bytes": memory,
+        "density": asdict(outcome.density),
+        "peak_memory_bytes": outcome.memory,
+        **({"decoding": decoding_json(stats, made.decode_seconds)} if stats else {}),
     }
 
 
 def _summarise(
-    request: MethodRequest, method: Method, made: Generation, density: Density, memory: int
+    request: MethodRequest, method: Method, outcome: Outcome, streaming: Streaming
 ) -> None:
     """The figures on stderr, so that stdout holds the text alone."""
     from rich.table import Table
 
+    made, density = outcome.made, outcome.density
     speed = made.tokens_per_second
     asked = getattr(method, "density", None)
     rows = {
@@ -227,10 +335,13 @@ def _summarise(
         "decoding": f"{speed:.1f} tokens/s" if speed else "a single token: no rate",
         "MLP density": f"{density.mlp:.3f}",
         "of all weights": f"{density.total:.3f}, of which the method itself {density.added:.2g}",
-        "peak memory": f"{memory / 2**20:.0f} MiB",
+        "peak memory": f"{outcome.memory / 2**20:.0f} MiB"
+        + (f" of a budget of {streaming.memory}" if streaming.memory else ""),
     }
     grid = Table.grid(padding=(0, 2))
     for name, value in rows.items():
         grid.add_row(f"[dim]{name}[/]", value)
     err.print()
     err.print(grid)
+    if outcome.stats and speed:
+        show_decoding(outcome.stats, made.decode_seconds)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from dipnet.cli.methods import MethodRequest
     from dipnet.eval.report import Report
+    from dipnet.eval.streamed import StoreSetting
     from dipnet.eval.sweep import Job, Row, Setting
     from dipnet.eval.texts import TokenText
     from dipnet.models.load import LoadedModel
@@ -76,17 +78,29 @@ def measure(
         setting.batch_size,
         setting.bos,
     )
+    made = partial(sweep, loaded.model, jobs, tokens, setting, ready=fitter)
+    return _collect(made, jobs, setting.count(tokens))
+
+
+def measure_store(
+    store: Path, jobs: Sequence[Job], tokens: Tensor, setting: Setting, held: StoreSetting
+) -> list[Row]:
+    """As `measure`, of a packed model, with the engine that generates."""
+    from dipnet.cli.streamed import check_fitted
+    from dipnet.eval.streamed import stream_sweep
+
+    made = partial(stream_sweep, store, jobs, tokens, setting, held, ready=check_fitted)
+    return _collect(made, jobs, setting.count(tokens))
+
+
+def _collect(sweeping: Callable[..., Iterable[Row]], jobs: Sequence[Job], windows: int) -> list:
+    """The rows of a sweep over so many windows, with a progress bar."""
     runnable = sum(job.method is not None for job in jobs)
     with _progress() as progress:
-        task = progress.add_task("", total=runnable * setting.count(tokens))
-        rows = sweep(
-            loaded.model,
-            jobs,
-            tokens,
-            setting,
-            ready=fitter,
+        task = progress.add_task("", total=runnable * windows)
+        rows = sweeping(
             started=lambda job: progress.update(task, description=_named(job)),
-            progress=lambda windows: progress.advance(task, windows),
+            progress=lambda done: progress.advance(task, done),
         )
         measured = list(rows)
     _check_any(measured[1:] or measured)

@@ -40,7 +40,7 @@ dipnet::Policy policy_of(const std::string& name) {
 void construct(Engine* self, const std::string& path, std::size_t depth, const std::string& backend,
                std::size_t threads, std::size_t frame_bytes, std::size_t largest_record,
                const Faults& faults) {
-  need(threads > 0, "at least one thread");
+  need(threads > 0 && threads <= 1024, "between 1 and 1024 threads");
   auto reader = dipnet::make_reader(path, depth, backend);
   if (!faults.empty()) {
     std::vector<dipnet::Fault> made;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <tuple>
 #include <utility>
 
@@ -15,6 +16,9 @@ namespace {
 constexpr std::size_t kReadBytes = 128 << 10;
 // Records that are multiplied together while others are on their way.
 constexpr std::size_t kBatch = 64;
+// Records in memory that are multiplied before the disk's queue is looked after again: a few
+// milliseconds, in which 128 reads of 20 KiB are not done.
+constexpr std::size_t kHeld = 256;
 // bf16 is added up in this many units at a time, in order: float sums depend on it.
 constexpr std::size_t kOrdered = 64;
 // Weight of the newest of the times that the disk had nothing to do.
@@ -34,11 +38,17 @@ RecordError::RecordError(std::size_t site, std::size_t unit, int error)
 Engine::Engine(std::unique_ptr<Reader> reader, std::size_t threads, std::size_t frame_bytes,
                std::size_t largest_record)
     : reader_(std::move(reader)), pool_(threads), frame_bytes_(largest_record) {
-  if (largest_record == 0 || largest_record % kSector != 0) {
-    throw std::invalid_argument("the largest record is a positive multiple of the sector size");
+  if (largest_record == 0 || largest_record % kSector != 0 ||
+      largest_record > std::max<std::uint64_t>(reader_->file_bytes(), kSector)) {
+    throw std::invalid_argument(
+        "the largest record is a multiple of the sector size, and no larger than the file");
   }
   // Half of the frames may hold guesses; the other half has room for an ordered batch.
   frame_count_ = std::max(frame_bytes / largest_record, 4 * kOrdered);
+  constexpr std::size_t kMost = std::numeric_limits<std::int32_t>::max();
+  if (frame_count_ > kMost || largest_record > std::size_t{1} << 40) {
+    throw std::invalid_argument("there is no memory for frames of this size");
+  }
   frames_ = Memory(frame_count_ * largest_record);
   for (std::size_t f = frame_count_; f-- > 0;) {
     free_frames_.push_back(static_cast<std::int32_t>(f));
@@ -64,6 +74,8 @@ std::size_t Engine::add(const Layout& layout, std::vector<float> scale, std::siz
 
 Access Engine::access(std::size_t site, const bool* wanted) {
   Site& s = sites_.at(site);
+  // A request that nobody finished must not see its slots change hands.
+  if (running_ && site == active_) abandon();
   const Access found = s.cache.access(wanted);
   s.totals.hits += found.hits;
   s.totals.misses += found.misses;
@@ -108,7 +120,10 @@ void Engine::begin(std::size_t site, const float* x, const bool* masks, std::siz
   }
   s.totals.bookkeeping += seconds_since(begun);
   if (s.layout.kind == Kind::bf16) return;
-  multiply(here.data(), here.size());
+  for (std::size_t i = 0; i < here.size(); i += kHeld) {
+    multiply(here.data() + i, std::min(kHeld, here.size() - i));
+    if (missing_ > 0) reap(false);  // the disk gets its next reads meanwhile
+  }
   for (const std::int32_t u : here) wanted_[u] = 0;
 }
 
@@ -181,48 +196,41 @@ void Engine::plan_reads() {
   feed();
 }
 
-// Gives up what was read ahead for this site and is not wanted.
-void Engine::drop_stale_guesses() {
-  Site& s = active();
-  for (std::size_t u = 0; u < wanted_.size(); ++u) {
-    if (s.frame_of[u] == kNone || wanted_[u]) continue;
-    if (s.arrived[u]) free_frames_.push_back(s.frame_of[u]);
-    s.frame_of[u] = kNone;  // one under way gives its frame back when it lands
-    s.arrived[u] = 0;
-  }
-  const auto stale = [&](std::uint64_t tag) {
-    const Flight& flight = flights_[tag];
-    return flight.site == active_ && std::all_of(flight.pieces.begin(), flight.pieces.end(),
-                                                 [&](const Piece& p) { return !wanted_[p.unit]; });
-  };
-  for (const std::uint64_t tag : reader_->cancel_queued(stale)) {
-    for (const Piece& piece : flights_[tag].pieces) free_frames_.push_back(piece.frame);
-    free_flights_.push_back(tag);
-  }
-}
-
 // Starts reads of the queue as long as there are frames for what has no slot.
 void Engine::feed() {
-  std::vector<Read> reads;
-  std::vector<Piece> run;
-  const std::size_t record_bytes = active().layout.record_bytes;
+  std::vector<Piece> pieces;
   while (queued_ < queue_.size()) {
     Piece piece = queue_[queued_];
     if (piece.slot == kNone) {
       if (free_frames_.empty()) break;
-      piece.frame = free_frames_.back();
-      free_frames_.pop_back();
-      active().frame_of[piece.unit] = piece.frame;
-      active().arrived[piece.unit] = 0;
+      piece.frame = take_frame(active(), piece.unit);
     }
-    if (!run.empty() && (run.back().unit + 1 != piece.unit ||
-                         (run.size() + 1) * record_bytes > kReadBytes)) {
-      reads.push_back(flight(active_, std::exchange(run, {})));
-    }
-    run.push_back(piece);
+    pieces.push_back(piece);
     ++queued_;
   }
-  if (!run.empty()) reads.push_back(flight(active_, std::move(run)));
+  read(active_, pieces);
+}
+
+std::int32_t Engine::take_frame(Site& s, std::int32_t unit) {
+  s.frame_of[unit] = free_frames_.back();
+  s.arrived[unit] = 0;
+  free_frames_.pop_back();
+  return s.frame_of[unit];
+}
+
+// Reads pieces that are in the order of the file, neighbours together.
+void Engine::read(std::size_t site, const std::vector<Piece>& pieces) {
+  std::vector<Read> reads;
+  std::vector<Piece> run;
+  const std::size_t record_bytes = sites_[site].layout.record_bytes;
+  for (const Piece& piece : pieces) {
+    if (!run.empty() && (run.back().unit + 1 != piece.unit ||
+                         (run.size() + 1) * record_bytes > kReadBytes)) {
+      reads.push_back(flight(site, std::exchange(run, {})));
+    }
+    run.push_back(piece);
+  }
+  if (!run.empty()) reads.push_back(flight(site, std::move(run)));
   if (!reads.empty()) reader_->submit(std::move(reads));
 }
 
@@ -242,51 +250,6 @@ Read Engine::flight(std::size_t site, std::vector<Piece> pieces) {
   }
   flights_[read.tag] = {site, std::move(pieces)};
   return read;
-}
-
-void Engine::prefetch(std::size_t site, const bool* wanted, const float* score, bool certain) {
-  Site& s = sites_.at(site);
-  guessed_at_[site] = Clock::now();
-  std::vector<std::int32_t> units;
-  for (std::size_t u = 0; u < s.layout.units(); ++u) {
-    if (wanted[u] && !s.in_memory(u) && s.frame_of[u] == kNone) {
-      units.push_back(static_cast<std::int32_t>(u));
-    }
-  }
-  const std::size_t spare = frame_count_ / 2;
-  std::size_t most = free_frames_.size() > spare ? free_frames_.size() - spare : 0;
-  if (!certain) most = std::min(most, idle_records(site));
-  if (units.size() > most) {
-    if (!certain) {
-      std::nth_element(units.begin(), units.begin() + static_cast<std::ptrdiff_t>(most),
-                       units.end(), [&](auto a, auto b) { return score[a] > score[b]; });
-    }
-    units.resize(most);
-    std::sort(units.begin(), units.end());
-  }
-  std::vector<Read> reads;
-  std::vector<Piece> run;
-  for (const std::int32_t unit : units) {
-    if (!run.empty() && (run.back().unit + 1 != unit ||
-                         (run.size() + 1) * s.layout.record_bytes > kReadBytes)) {
-      reads.push_back(flight(site, std::exchange(run, {})));
-    }
-    s.frame_of[unit] = free_frames_.back();
-    s.arrived[unit] = 0;
-    free_frames_.pop_back();
-    run.push_back({unit, kNone, s.frame_of[unit]});
-  }
-  if (!run.empty()) reads.push_back(flight(site, std::move(run)));
-  if (!reads.empty()) reader_->submit(std::move(reads));
-  s.totals.guessed += units.size();
-}
-
-// How many of a site's records the disk delivers while it would otherwise wait for its request.
-std::size_t Engine::idle_records(std::size_t site) const {
-  const ReaderTotals totals = reader_->totals();
-  if (totals.busy_seconds <= 0) return 0;
-  const double bytes = idle_[site] * static_cast<double>(totals.bytes) / totals.busy_seconds;
-  return static_cast<std::size_t>(bytes / static_cast<double>(sites_[site].layout.record_bytes));
 }
 
 void Engine::reap(bool block) {
@@ -339,12 +302,18 @@ const std::uint8_t* Engine::record(const Site& site, std::size_t unit) const {
   return site.frame_of[unit] != kNone && site.arrived[unit] ? frame(site.frame_of[unit]) : nullptr;
 }
 
-// Multiplies with what has arrived.
+// Multiplies with what has arrived, as much at a time as stays in a core's cache between the
+// verification and the product.
 void Engine::collect() {
-  verify();
-  multiply(ready_.data(), ready_.size());
-  settle();
-  ready_.clear();
+  while (!ready_.empty()) {
+    const std::size_t rest = ready_.size() - std::min(ready_.size(), kBatch);
+    const std::vector<std::int32_t> later(ready_.begin(), ready_.begin() + rest);
+    ready_.erase(ready_.begin(), ready_.begin() + rest);
+    verify();
+    multiply(ready_.data(), ready_.size());
+    settle();
+    ready_ = later;
+  }
 }
 
 void Engine::verify() {

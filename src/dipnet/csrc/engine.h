@@ -60,7 +60,7 @@ class Engine {
 
   // Reads wanted (units) records of a site ahead into frames, those of the highest score first, as
   // many as the disk delivers in the time in which it would have nothing to do; or as fit, when
-  // they are certain to be needed.
+  // they are certain to be needed. Another site than that of a request that is under way.
   void prefetch(std::size_t site, const bool* wanted, const float* score, bool certain);
 
   // y (tokens, rows), when all records have been multiplied.
@@ -86,10 +86,12 @@ class Engine {
   std::uint8_t* frame(std::int32_t f) const { return frames_.data() + f * frame_bytes_; }
   const std::uint8_t* record(const Site& site, std::size_t unit) const;
 
-  // Reads (engine.cpp).
+  // Reads (engine.cpp); guesses (engine_ahead.cpp).
   void plan_reads();
   void drop_stale_guesses();
   void feed();
+  std::int32_t take_frame(Site& site, std::int32_t unit);
+  void read(std::size_t site, const std::vector<Piece>& pieces);
   Read flight(std::size_t site, std::vector<Piece> pieces);
   std::size_t idle_records(std::size_t site) const;
   void reap(bool block);

@@ -2,18 +2,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
 #include <string>
 
 #include "gather_pass.h"
-
-#if defined(__x86_64__) && defined(__GLIBC__)
-#define DIPNET_SIMD __attribute__((target_clones("default", "avx2", "avx512f")))
-#else
-#define DIPNET_SIMD
-#endif
+#include "simd.h"
 
 namespace dipnet {
 namespace {
@@ -39,14 +35,18 @@ std::size_t weight_bytes(Kind kind, std::size_t outputs) {
   return kind == Kind::int4 ? outputs / 2 : kind == Kind::int8 ? outputs : 2 * outputs;
 }
 
-Columns gather(Kind kind, std::size_t all_outputs, const Term* terms, std::size_t count,
+// The first of `left` terms, at most kPass.
+Columns gather(Kind kind, std::size_t all_outputs, const Term* terms, std::size_t left,
                const Activations& x, std::size_t first, std::size_t last) {
+  const std::size_t count = std::min(kPass, left);
   Columns columns;
   columns.outputs = last - first;
   columns.count = kind == Kind::bf16 ? count : (count + 3) / 4 * 4;
   for (std::size_t k = 0; k < columns.count; ++k) {
     const Term& term = terms[std::min(k, count - 1)];
+    const Term& next = terms[std::min(k + kPass, left - 1)];
     columns.weights[k] = term.column + weight_bytes(kind, first);
+    columns.next[k] = next.column + weight_bytes(kind, first);
     if (kind == Kind::bf16) {
       columns.value[k] = x.value[term.channel];
       continue;
@@ -82,7 +82,7 @@ void add_integers(Kind kind, std::size_t outputs, const Term* terms, std::size_t
       ++end;
     }
     for (std::size_t i = begin; i < end; i += kPass) {
-      pass(gather(kind, outputs, terms + i, std::min(kPass, end - i), x, first, last), sums);
+      pass(gather(kind, outputs, terms + i, end - i, x, first, last), sums);
     }
     add_to_total(sums, std::ldexp(1.0, -2 * magnitude), last - first, total + first);
     begin = end;
@@ -93,43 +93,64 @@ void add_floats(std::size_t outputs, const Term* terms, std::size_t count, const
                 double* total, std::size_t first, std::size_t last) {
   float sums[kChunk] = {};
   for (std::size_t i = 0; i < count; i += kPass) {
-    chosen().load()->bf16(
-        gather(Kind::bf16, outputs, terms + i, std::min(kPass, count - i), x, first, last), sums);
+    chosen().load()->bf16(gather(Kind::bf16, outputs, terms + i, count - i, x, first, last), sums);
   }
   for (std::size_t o = first; o < last; ++o) total[o] += sums[o - first];
 }
 
-DIPNET_SIMD
-float largest(const float* x, const float* scale, const bool* keep, std::size_t n) {
-  float bound = 0;
-  for (std::size_t i = 0; i < n; ++i) {
-    const float size = keep[i] ? std::abs(x[i] * scale[i]) : 0.0f;
-    bound = size > bound ? size : bound;
-  }
-  return bound;
+// The loops below have no branch and no bool, and compare sizes as the integers that their bits are:
+// so the compiler vectorises them (17920 channels: 23 us instead of 330) without reordering floats.
+inline std::uint32_t kept_bits(const bool* keep, std::size_t i) {  // all ones or none
+  return 0u - reinterpret_cast<const std::uint8_t*>(keep)[i];
 }
 
+inline std::uint32_t size_bits(float value) {
+  return std::bit_cast<std::uint32_t>(value) & 0x7fffffffu;
+}
+
+DIPNET_SIMD
+float largest(const float* x, const float* scale, const bool* keep, std::size_t n) {
+  std::uint32_t most = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    const std::uint32_t size = size_bits(x[i] * scale[i]) & kept_bits(keep, i);
+    most = size > most ? size : most;
+  }
+  return std::bit_cast<float>(most);
+}
+
+DIPNET_SIMD
 bool all_finite(const float* x, const bool* keep, std::size_t n) {
-  float sum = 0;  // 0 * x is NaN just for NaN and the infinities
-  for (std::size_t i = 0; i < n; ++i) sum += keep[i] ? 0.0f * x[i] : 0.0f;
-  return sum == 0;
+  std::uint32_t wrong = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    const std::uint32_t unbounded = size_bits(x[i]) >= 0x7f800000u ? 1u : 0u;
+    wrong |= unbounded & kept_bits(keep, i);
+  }
+  return wrong == 0;
+}
+
+// To the nearest integer, ties to even, for less than 2^22: adding 1.5 * 2^23 leaves no room for a
+// fraction. std::nearbyint would keep the loop from being vectorised.
+inline std::int16_t round_to_even(float value) {
+  constexpr float kShift = 12582912.0f;
+  return static_cast<std::int16_t>(static_cast<std::int32_t>((value + kShift) - kShift));
 }
 
 DIPNET_SIMD
 void to_factors(const float* x, const float* scale, const bool* keep, std::size_t n, float bound,
                 std::int16_t* factor, std::uint8_t* magnitude) {
   for (std::size_t i = 0; i < n; ++i) {
-    const float value = keep[i] ? x[i] * scale[i] : 0.0f;
-    const float size = std::abs(value);
-    float limit = bound;
-    std::uint8_t c = 0;
+    const auto product = std::bit_cast<std::uint32_t>(x[i] * scale[i]) & kept_bits(keep, i);
+    const auto value = std::bit_cast<float>(product);
+    const float size = std::bit_cast<float>(product & 0x7fffffffu);
+    float limit = bound, lower = bound;
+    std::uint32_t c = 0;
     for (std::size_t step = 1; step < kClasses; ++step) {
-      const bool smaller = size <= limit * 0.25f;
-      c = smaller ? static_cast<std::uint8_t>(step) : c;
-      limit = smaller ? limit * 0.25f : limit;
+      lower *= 0.25f;
+      c += size <= lower ? 1u : 0u;
+      limit = size <= lower ? lower : limit;
     }
-    magnitude[i] = c;
-    factor[i] = static_cast<std::int16_t>(std::nearbyint(value / limit * 32767.0f));
+    magnitude[i] = static_cast<std::uint8_t>(c);
+    factor[i] = round_to_even(value / limit * 32767.0f);
   }
 }
 
@@ -141,18 +162,21 @@ std::size_t column_bytes(Kind kind, std::size_t outputs) {
 }
 
 void Activations::set(const float* x, const float* scale, const bool* keep, std::size_t n) {
-  value.resize(n);
-  for (std::size_t i = 0; i < n; ++i) value[i] = keep[i] ? x[i] : 0.0f;
   if (!scale) {
     bound = 1;
+    value.resize(n);
+    for (std::size_t i = 0; i < n; ++i) value[i] = keep[i] ? x[i] : 0.0f;
     return;
   }
-  factor.assign(n, 0);
-  magnitude.assign(n, 0);
+  factor.resize(n);
+  magnitude.resize(n);
   const float most = largest(x, scale, keep, n);
   bound = all_finite(x, keep, n) ? most * 127.0f : std::numeric_limits<float>::quiet_NaN();
   if (most > 0 && std::isfinite(bound)) {
     to_factors(x, scale, keep, n, most, factor.data(), magnitude.data());
+  } else {
+    std::fill(factor.begin(), factor.end(), 0);
+    std::fill(magnitude.begin(), magnitude.end(), 0);
   }
 }
 

@@ -54,7 +54,11 @@ inline __m256i load(const std::uint8_t* at) {
 }
 
 DIPNET_TARGET
-inline Interleaved interleave(const std::uint8_t* const* columns, std::size_t byte) {
+inline Interleaved interleave(const Columns& from, std::size_t quad, std::size_t byte) {
+  const std::uint8_t* const* const columns = from.weights + 4 * quad;
+  for (std::size_t i = 0; i < 4; ++i) {  // see gather_avx512.cpp
+    _mm_prefetch(reinterpret_cast<const char*>(from.next[4 * quad + i] + byte), _MM_HINT_T1);
+  }
   const __m256i a = load(columns[0] + byte), b = load(columns[1] + byte);
   const __m256i c = load(columns[2] + byte), d = load(columns[3] + byte);
   const __m256i ab_low = _mm256_unpacklo_epi8(a, b), ab_high = _mm256_unpackhi_epi8(a, b);
@@ -84,7 +88,7 @@ void int4(const Columns& columns, Sums& sums) {
     for (std::size_t tile = 0; tile < columns.outputs; tile += kTile) {
       const std::int32_t* const m = made[quad] + tile / kGroup;
       for (std::size_t half = 0; half < 2; ++half) {
-        const Interleaved bytes = interleave(columns.weights + 4 * quad, tile / 2 + 32 * half);
+        const Interleaved bytes = interleave(columns, quad, tile / 2 + 32 * half);
         std::int32_t* const at = sums.sum + tile + 8 * half;
         for (std::size_t v = 0; v < 4; ++v) {
           const __m256i high = _mm256_srli_epi16(bytes.part[v], 4);
@@ -104,7 +108,7 @@ void int8(const Columns& columns, Sums& sums) {
   const __m256i offset = _mm256_set1_epi8(static_cast<char>(0x80));
   for (std::size_t quad = 0; quad < columns.count / 4; ++quad) {
     for (std::size_t byte = 0; byte < columns.outputs; byte += 32) {
-      const Interleaved bytes = interleave(columns.weights + 4 * quad, byte);
+      const Interleaved bytes = interleave(columns, quad, byte);
       const std::size_t tile = byte / 64 * 64;
       for (std::size_t v = 0; v < 4; ++v) {
         const __m256i weight = _mm256_xor_si256(bytes.part[v], offset);
@@ -124,6 +128,7 @@ void bf16(const Columns& columns, float* sums) {
     __m256 sum = _mm256_loadu_ps(sums + o);
     for (std::size_t k = 0; k < columns.count; ++k) {
       const auto* at = reinterpret_cast<const __m128i*>(columns.weights[k] + 2 * o);
+      _mm_prefetch(reinterpret_cast<const char*>(columns.next[k] + 2 * o), _MM_HINT_T1);
       const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(at)), 16);
       sum = _mm256_fmadd_ps(_mm256_set1_ps(columns.value[k]), _mm256_castsi256_ps(wide), sum);
     }

@@ -15,6 +15,7 @@ constexpr std::size_t kPass = 16;  // columns added together: sums are loaded an
 // Up to kPass columns, seen from the first output of a chunk.
 struct Columns {
   const std::uint8_t* weights[kPass];
+  const std::uint8_t* next[kPass];   // the columns after these, to be fetched meanwhile
   const std::int8_t* groups[kPass];  // group multipliers; unused by bf16
   std::int16_t factor[kPass];
   float value[kPass];

@@ -1,6 +1,5 @@
 #include "pool.h"
 
-#include <algorithm>
 #include <limits>
 
 #if defined(__x86_64__)
@@ -25,12 +24,17 @@ inline void pause() {
 }  // namespace
 
 Pool::Pool(std::size_t threads) {
-  for (std::size_t i = 1; i < std::max<std::size_t>(threads, 1); ++i) {
-    workers_.emplace_back([this] { serve(); });
+  try {
+    for (std::size_t i = 1; i < threads; ++i) workers_.emplace_back([this] { serve(); });
+  } catch (...) {  // the system has no more threads to give: those that run are to end
+    stop();
+    throw;
   }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
   stopping_ = true;
   ++epoch_;
   epoch_.notify_all();
@@ -67,14 +71,13 @@ bool Pool::take() {
 
 void Pool::serve() {
   std::uint32_t seen = epoch_.load();
-  while (true) {
+  while (!stopping_) {  // asked first: a pool may be gone before its threads have begun
     while (take()) {}
     for (int spin = 0; spin < kSpins && epoch_.load(std::memory_order_relaxed) == seen; ++spin) {
       pause();
     }
     epoch_.wait(seen);
     seen = epoch_.load();
-    if (stopping_) return;
   }
 }
 

@@ -14,7 +14,7 @@ namespace dipnet {
 // Starting a run costs a few microseconds: idle threads spin a while before they sleep.
 class Pool {
  public:
-  explicit Pool(std::size_t threads);
+  explicit Pool(std::size_t threads);  // std::system_error when there are no more to be had
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -41,6 +41,7 @@ class Pool {
   void start(Call call, void* work, std::size_t tasks);
   bool take();
   void serve();
+  void stop();
 
   // The run's number in the upper half, the next task in the lower one: a thread that comes late
   // cannot take a task of a run that it did not see.

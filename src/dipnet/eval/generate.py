@@ -77,31 +77,37 @@ class Sampling:
 
 
 def encode_prompt(loaded: LoadedModel, prompt: str, *, chat: bool = False) -> Tensor:
+    """The prompt's (1, n) tokens on the model's device; see `prompt_tokens`."""
+    tokens = prompt_tokens(loaded.name, loaded.tokenizer, loaded.context, prompt, chat=chat)
+    return tokens.to(loaded.model.device)
+
+
+def prompt_tokens(
+    name: str, tokenizer: PreTrainedTokenizerBase, context: int, prompt: str, *, chat: bool = False
+) -> Tensor:
     """The prompt's (1, n) tokens as the tokenizer makes them, in its chat template on request.
 
-    Raises InputError when the prompt is empty, leaves no room in the model's context, or there is
-    no chat template.
+    ``name`` and ``context`` are the model's. Raises InputError when the prompt is empty, leaves no
+    room in the context, or there is no chat template.
     """
     if not prompt.strip():
         raise InputError("the prompt is empty: give some text with --prompt or --prompt-file")
-    if chat and not loaded.tokenizer.chat_template:
-        raise InputError(f"the tokenizer of {loaded.name!r} has no chat template: leave out --chat")
+    if chat and not tokenizer.chat_template:
+        raise InputError(f"the tokenizer of {name!r} has no chat template: leave out --chat")
     if chat:
         message = [{"role": "user", "content": prompt}]
         text = str(
-            loaded.tokenizer.apply_chat_template(
-                message, tokenize=False, add_generation_prompt=True
-            )
+            tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         )
     else:
         text = prompt
-    encoded = loaded.tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
-    if len(encoded) >= loaded.context:
+    encoded = tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
+    if len(encoded) >= context:
         raise InputError(
-            f"the prompt has {len(encoded)} tokens, and the context of {loaded.name!r} is "
-            f"{loaded.context}: shorten the prompt to {loaded.context - 1} tokens or fewer"
+            f"the prompt has {len(encoded)} tokens, and the context of {name!r} is "
+            f"{context}: shorten the prompt to {context - 1} tokens or fewer"
         )
-    return torch.tensor([encoded], device=loaded.model.device)
+    return torch.tensor([encoded])
 
 
 def generate(
@@ -111,18 +117,20 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     write: Write | None = None,
+    decoding: Callable[[], object] | None = None,
 ) -> Generation:
     """Continue (1, n) ``prompt`` by at most ``max_new_tokens``, or to the end of the context.
 
-    ``write`` gets the text piece by piece as it is made. Raises InputError when the model's logits
-    are not finite.
+    ``write`` gets the text piece by piece as it is made, and all of it that there is when an error
+    ends it. ``decoding`` is called once, when the prompt has given the first token. Raises
+    InputError when the model's logits are not finite.
     """
     sampling = sampling or Sampling()
     room = loaded.context - prompt.shape[1]
-    stream = _Stream(loaded.tokenizer, write)
+    stream = _Stream(loaded.tokenizer, write, decoding)
     set_seed(sampling.seed)
     start = time.perf_counter()
-    with torch.no_grad(), _only_asked(loaded.model):
+    with torch.no_grad(), _only_asked(loaded.model), _flushed(stream):
         output = loaded.model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
@@ -154,6 +162,16 @@ def _only_asked(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
+@contextmanager
+def _flushed(stream: _Stream) -> Iterator[None]:
+    """Pass on the word that is held back when an error ends the text."""
+    try:
+        yield
+    except BaseException:
+        stream.end()
+        raise
+
+
 def peak_memory(device: torch.device) -> int:
     """The most memory in bytes that was held so far: the GPU's, or this process's."""
     if device.type == "cuda":
@@ -177,9 +195,15 @@ class _Finite(LogitsProcessor):
 class _Stream(TextStreamer):
     """Passes text on in whole words, and notes when the first and the last token came."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write | None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        write: Write | None,
+        decoding: Callable[[], object] | None,
+    ) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.write = write
+        self.decoding = decoding
         self.text = ""
         self.first = self.last = 0.0
 
@@ -187,7 +211,10 @@ class _Stream(TextStreamer):
         """Take the prompt's tokens, then each new one."""
         if not self.next_tokens_are_prompt:
             self.last = time.perf_counter()
-            self.first = self.first or self.last
+            if not self.first:
+                self.first = self.last
+                if self.decoding:
+                    self.decoding()
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

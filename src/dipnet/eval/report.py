@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import dipnet
+from dipnet.eval.streamed import StoreSetting
 from dipnet.eval.sweep import Measured, Row, Setting
 from dipnet.eval.texts import TokenText
 from dipnet.models.families import describe
@@ -32,6 +33,8 @@ COLUMNS = (
 """The density asked for; the shares of weights read of each part; the rest."""
 CACHE_COLUMN = "hits"
 """The share of the weights asked for that a cache held, where there is one."""
+READ_COLUMN = "MiB/token"
+"""What a token of a packed model reads from disk."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Report:
     rows: Sequence[Row]
     calibration: TokenText | None = None
     split_text: TokenText | None = None
+    held: StoreSetting | None = None
+    """How a packed model was held; None for a checkpoint."""
 
     @property
     def dense(self) -> Measured:
@@ -63,8 +68,10 @@ class Report:
         prompt = f", {self.setting.prompt} dense" if self.setting.prompt else ""
         cache = self.setting.cache
         held = f", {cache.policy} cache of {cache.share:g}" if cache else ""
+        if self.held:
+            held = f", {self.held.title}"
         return (
-            f"{self.loaded.name} ({self.loaded.dtype}, {self.loaded.model.device}) on "
+            f"{self.loaded.name} ({self.loaded.dtype}, {self.loaded.device}) on "
             f"{self.text.text.name}: {self.windows} windows of {self.setting.window} tokens"
             f"{step}{prompt}{bos}{held}"
         )
@@ -74,13 +81,20 @@ def table(report: Report) -> Table:
     """The rows for a terminal; a dash where nothing could be measured."""
     made = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     made.add_column("method", no_wrap=True)
-    cached = report.setting.cache is not None
-    for column in (*COLUMNS, CACHE_COLUMN) if cached else COLUMNS:
+    extra = _extra_columns(report)
+    for column in (*COLUMNS, *extra):
         made.add_column(column, justify="right", no_wrap=True)
     for row in report.rows:
         cells = _cells(row, report.dense.perplexity.perplexity)
-        made.add_row(row.label, *cells, *([_hits(row)] if cached else []))
+        made.add_row(row.label, *cells, *(cell(row) for cell in extra.values()))
     return made
+
+
+def _extra_columns(report: Report) -> dict[str, Callable[[Row], str]]:
+    """The columns that not every report has, and their cells."""
+    if report.held:
+        return {CACHE_COLUMN: _hits, READ_COLUMN: _read}
+    return {CACHE_COLUMN: _hits} if report.setting.cache else {}
 
 
 def _cells(row: Row, dense: float) -> list[str]:
@@ -101,8 +115,13 @@ def _cells(row: Row, dense: float) -> list[str]:
 
 
 def _hits(row: Row) -> str:
-    rate = row.measured.cache.hit_rate if row.measured and row.measured.cache else None
-    return DASH if rate is None else f"{rate:.3f}"
+    counted = row.measured and (row.measured.store or row.measured.cache)
+    return f"{counted.hit_rate:.3f}" if counted and counted.hit_rate is not None else DASH
+
+
+def _read(row: Row) -> str:
+    used = row.measured and row.measured.store
+    return f"{used.bytes_per_token / 2**20:.3f}" if used else DASH
 
 
 def reasons(rows: Sequence[Row]) -> list[str]:
@@ -132,6 +151,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "dense_prompt": setting.prompt,
         "batch_size": setting.batch_size,
         "cache": setting.cache and asdict(setting.cache),
+        "store": report.held and asdict(report.held),
         "tokens_scored": report.dense.perplexity.tokens,
         "rows": [_row_json(row, report.dense.perplexity.perplexity) for row in report.rows],
     }
@@ -153,7 +173,7 @@ def model_json(loaded: LoadedModel) -> dict[str, Any]:
         "name": loaded.name,
         "family": spec.family,
         "dtype": loaded.dtype,
-        "device": str(loaded.model.device),
+        "device": loaded.device,
         "context": loaded.context,
         "weights_per_token": spec.weights_per_token,
         "mlp_share": spec.layers * spec.mlp_weights / spec.weights_per_token,
@@ -170,6 +190,7 @@ def _row_json(row: Row, dense: float) -> dict[str, Any]:
         "parameters": measured.parameters,
         "density": asdict(measured.density),
         "cache": measured.cache and asdict(measured.cache),
+        "store": measured.store and asdict(measured.store),
         "perplexity": measured.perplexity.perplexity,
         "nll": measured.perplexity.nll,
         "ratio_to_dense": measured.perplexity.perplexity / dense,

@@ -81,7 +81,7 @@ class Job:
 class Measured:
     """The figures of one evaluated method; ``fit_seconds`` is what making it ready took.
 
-    ``cache`` is None when the setting has none.
+    ``cache`` is None when the setting has none, ``store`` for what is no packed model.
     """
 
     perplexity: Perplexity
@@ -90,6 +90,21 @@ class Measured:
     seconds: float
     fit_seconds: float
     cache: CacheUsage | None = None
+    store: StoreUse | None = None
+
+
+@dataclass(frozen=True)
+class StoreUse:
+    """What decoding the text token by token reads of a packed model.
+
+    ``hit_rates`` maps each kind of site that may be streamed to the share of wanted records that
+    were in memory; ``hit_rate`` is the share of their bytes. ``bytes_per_token`` are those of the
+    records that were missed.
+    """
+
+    hit_rates: dict[str, float | None]
+    hit_rate: float
+    bytes_per_token: float
 
 
 @dataclass(frozen=True)

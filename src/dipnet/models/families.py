@@ -221,6 +221,6 @@ def _read_per_token(model: PreTrainedModel) -> int:
 
 
 def _own_weights(module: nn.Module) -> int:
-    if isinstance(module, nn.Embedding):
-        return module.embedding_dim
+    if isinstance(size := getattr(module, "embedding_dim", None), int):  # a table in a file, too
+        return size
     return sum(parameter.numel() for parameter in module.parameters(recurse=False))

@@ -44,11 +44,15 @@ _SOURCES = (
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, its tokenizer, and the name it was asked for by."""
+    """A model in evaluation mode, its tokenizer, and the name it was asked for by.
+
+    ``weights`` says how a packed model stores them; None for a checkpoint.
+    """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    weights: str | None = None
 
     @property
     def context(self) -> int:
@@ -56,9 +60,14 @@ class LoadedModel:
         return context_length(self.model)
 
     @property
+    def device(self) -> str:
+        """The name of the device it runs on: a packed model's is the CPU."""
+        return "cpu" if self.weights else str(self.model.device)
+
+    @property
     def dtype(self) -> str:
-        """The name of the weights' dtype."""
-        return str(self.model.dtype).removeprefix("torch.")
+        """The name of the weights' dtype, or of how they are packed."""
+        return self.weights or str(self.model.dtype).removeprefix("torch.")
 
 
 def load_model(
@@ -73,7 +82,7 @@ def load_model(
     chosen_dtype = _dtype(dtype)
     config = load_config(name)
     family_name(config)
-    tokenizer = _tokenizer(name)
+    tokenizer = load_tokenizer(name)
     if name in DEMO_MODELS:
         model = _load_demo(DEMO_FOLDER / DEMO_MODELS[name], config, chosen_dtype)
     else:
@@ -213,7 +222,7 @@ def _load_checkpoint(name: str, dtype: torch.dtype | None) -> PreTrainedModel:
     return model
 
 
-def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; InputError when there is none or it knows no words."""
     source = DEMO_FOLDER / "tokenizer" if name in DEMO_MODELS else name
     wrong = f"cannot load the tokenizer of {name!r}"

@@ -45,12 +45,22 @@ def check_store(folder: str | Path, progress: Progress | None = None) -> Index:
             f"is damaged, {len(damaged)} of {records(index)} records are: copy the store again or "
             "pack the model again"
         )
-    if _sha256(folder / REST_NAME, meter.add) != index.rest_sha256:
+    check_rest(folder, index, meter.add)
+    return index
+
+
+def check_rest(
+    folder: Path, index: Index, add: Callable[[int], object] = lambda _size: None
+) -> None:
+    """Raise InputError when what lies beside the records is not what was packed.
+
+    ``add`` is called with the size of every piece that was read.
+    """
+    if _sha256(folder / REST_NAME, add) != index.rest_sha256:
         raise InputError(
             f"{folder / REST_NAME} is damaged, its SHA-256 is not that of the index: copy the "
             "store again or pack the model again"
         )
-    return index
 
 
 def records(index: Index) -> int:

@@ -49,6 +49,7 @@ class Streamed:
             for group in engine.index.groups
         }
         self._looks_ahead = look_ahead
+        self._threads = 0
 
     def attach(self) -> None:
         """Replace the linear layers, and watch the calls."""
@@ -62,8 +63,8 @@ class Streamed:
         setattr(model, ATTACHED, self)
         self.recorder.watch(model)
         Calls(model, self.tokens, self.usage).watch()
-        model.get_decoder().register_forward_pre_hook(_one_thread, with_kwargs=True)
-        model.get_decoder().register_forward_hook(_all_threads, always_call=True)
+        model.get_decoder().register_forward_pre_hook(self._one_thread)
+        model.get_decoder().register_forward_hook(self._all_threads, always_call=True)
 
     def detach(self) -> None:
         """Undo is impossible: there are no dense weights to go back to."""
@@ -108,7 +109,10 @@ class Streamed:
         family = self.decoder.family
         reads, hidden = self.groups[layer, "mlp.in"], self.groups[layer, "mlp.hidden"]
         if not hidden.held:
-            reads.look_ahead = LookAhead(hidden, partial(self._early_hidden, layer))
+            # bf16 multiplies nothing before all is there: there is nothing to guess from.
+            guesses = self.engine.index.weights != "bf16"
+            early = partial(self._early_hidden, layer) if guesses else None
+            reads.look_ahead = LookAhead(hidden, early)
         if not reads.held:
             ahead = LookAhead(reads, None)
             norm = self.decoder.module(layer, family.mlp_norm)
@@ -131,6 +135,17 @@ class Streamed:
         holder = self.decoder.holder(layer, matrix)
         return rows if holder.bias is None else rows + holder.bias[self.decoder.rows(matrix)]
 
+    # A token's operations outside our kernels are too small to share, and torch's threads would
+    # spin on the cores that our own threads need.
+    def _one_thread(self, _module: nn.Module, _args: Any) -> None:
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def _all_threads(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        if self._threads:  # else another hook refused the call before it began
+            torch.set_num_threads(self._threads)
+        self._threads = 0
+
 
 def streamed(model: PreTrainedModel) -> Streamed:
     """What `load` attached to a model; InputError when it was not made by `load`."""
@@ -146,16 +161,3 @@ def _before_attention(
     x = args[0] if args else kwargs["hidden_states"]
     if x.shape[:-1].numel() == 1:
         ahead.with_input(norm(x.reshape(1, -1)))
-
-
-# A token's operations outside our kernels are too small to share, and torch's threads would spin
-# on the cores that our own threads need.
-_threads = torch.get_num_threads()
-
-
-def _one_thread(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-
-
-def _all_threads(_module: nn.Module, _args: Any, _output: Any) -> None:
-    torch.set_num_threads(_threads)

@@ -23,6 +23,8 @@ _UNITS = {"": 1, "b": 1} | {
 }
 MARGIN = 96 << 20
 """What Python, torch and the kernel's own bookkeeping may still take after loading."""
+SLACK = 16 << 20
+"""What one process holds more than another that does the same, when the budget is divided."""
 
 
 def parse_size(text: str | int) -> int:
@@ -30,9 +32,9 @@ def parse_size(text: str | int) -> int:
 
     As in GNU tools, K, M, G, T and KiB, MiB, ... are powers of 1024; kB, MB, ... of 1000.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     unit = _UNITS.get(match[2].lower()) if match else None
-    if match is None or unit is None:
+    if match is None or unit is None or (unit == 1 and "." in match[1]):
         raise InputError(f"{text!r} is no size in memory: write 4GiB, 1.5G, 800MB or bytes")
     return int(float(match[1]) * unit)
 
@@ -49,12 +51,14 @@ def size_text(size: float) -> str:
 class Needs:
     """Memory in bytes that a model takes apart from its caches.
 
-    ``process`` is what the process holds when the budget is divided; ``pinned`` the records that
-    are never streamed; ``frames`` those on their way; ``keys`` the key/value cache of the longest
-    sequence; ``work`` the activations and sums of a prompt's piece.
+    ``process`` is what the process holds when the budget is divided, and ``peak`` the most that it
+    held before; ``pinned`` the records that are never streamed; ``frames`` those on their way;
+    ``keys`` the key/value cache of the longest sequence; ``work`` the activations and sums of a
+    prompt's piece.
     """
 
     process: int
+    peak: int
     pinned: int
     frames: int
     keys: int
@@ -65,14 +69,19 @@ class Needs:
         """All of it, with the margin."""
         return self.process + self.pinned + self.frames + self.keys + self.work + MARGIN
 
+    @property
+    def smallest(self) -> int:
+        """The smallest budget that works here and in the next process, in whole MiB."""
+        needed = max(self.total, self.peak) + SLACK
+        return -(-needed // 2**20) * 2**20
+
     def left(self, memory: int) -> int:
         """What a budget leaves for the caches; InputError when it is too small."""
-        if memory < self.total:
-            smallest = -(-self.total // 2**20)
+        if memory < max(self.total, self.peak):
             raise InputError(
                 f"a budget of {size_text(memory)} is too small for this model: the smallest that "
-                f"works is {smallest} MiB (the process {size_text(self.process)}, weights that are "
-                f"always in memory {size_text(self.pinned)}, keys and values "
+                f"works is {self.smallest >> 20} MiB (the process {size_text(self.process)}, "
+                f"weights that are always in memory {size_text(self.pinned)}, keys and values "
                 f"{size_text(self.keys)}, buffers {size_text(self.frames + self.work)}, margin "
                 f"{size_text(MARGIN)}); a shorter context needs less"
             )

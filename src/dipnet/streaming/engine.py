@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dipnet.errors import BackendError, InputError
-from dipnet.store.index import RECORDS_NAME, Group, Index
+from dipnet.store.index import RECORDS_NAME, REST_NAME, Group, Index
 
 try:
     from dipnet import _native
@@ -34,7 +34,9 @@ Fault = tuple[int, int, int]
 FRAME_BYTES = 32 << 20
 """Memory for records on their way. A deep queue of large reads has 16 MiB under way; half of the
 frames may hold what was read ahead."""
-DEPTH = 128
+LEAST_FRAMES = 256
+"""However large they are: half of them may hold guesses (csrc/engine.cpp)."""
+DEPTH = 256
 """Reads in flight: disks reach their full rate from 32 to 64 of 32 KiB (benchmarks/disk.py)."""
 
 
@@ -55,6 +57,16 @@ class Reader:
 def default_threads() -> int:
     """The CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def frames_size(index: Index, reader: Reader) -> int:
+    """Bytes of the memory for records on their way: room for some of the largest at least."""
+    return max(reader.frame_bytes, LEAST_FRAMES * largest_record(index))
+
+
+def largest_record(index: Index) -> int:
+    """Bytes of the largest record of a store."""
+    return max(group.record_bytes for group in index.groups)
 
 
 class Engine:
@@ -79,7 +91,6 @@ class Engine:
         self.folder = folder
         self.index = index
         self.slots = slots
-        self._largest = max(group.record_bytes for group in index.groups)
         try:
             self._native = _native.Engine(
                 str(folder / RECORDS_NAME),
@@ -87,10 +98,10 @@ class Engine:
                 backend=reader.backend,
                 threads=default_threads(),
                 frame_bytes=reader.frame_bytes,
-                largest_record=self._largest,
+                largest_record=largest_record(index),
                 faults=list(reader.faults),
             )
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"cannot read {folder / RECORDS_NAME}: {error}") from None
         self._sites = {
             group.key: self._add(number, group, scales, slots, policy)
@@ -105,21 +116,28 @@ class Engine:
         slots: Mapping[Key, int],
         policy: str,
     ) -> int:
-        scale = None if self.index.weights == "bf16" else scales[group.scale_name].numpy()
-        return self._native.add(
-            kind=self.index.weights,
-            channels=group.channels,
-            block=group.block,
-            outputs=group.outputs,
-            rows=group.rows,
-            stride=group.stride,
-            record_bytes=group.record_bytes,
-            offset=group.offset,
-            group=number,
-            scale=scale,
-            slots=slots[group.layer, group.name],
-            policy=policy,
-        )
+        scaled = self.index.weights != "bf16"
+        try:
+            return self._native.add(
+                kind=self.index.weights,
+                channels=group.channels,
+                block=group.block,
+                outputs=group.outputs,
+                rows=group.rows,
+                stride=group.stride,
+                record_bytes=group.record_bytes,
+                offset=group.offset,
+                group=number,
+                scale=scales[group.scale_name].numpy() if scaled else None,
+                slots=slots[group.layer, group.name],
+                policy=policy,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(
+                f"the scales of {group.label} in {self.folder / REST_NAME} are damaged "
+                f"({' '.join(str(error).split())[:80]}): copy the store again or pack the model "
+                "again"
+            ) from None
 
     def hold(self, key: Key) -> None:
         """Read as many records of a group as there are slots, before anything asks for them."""

@@ -22,12 +22,16 @@ from dipnet.methods.dense import Dense
 from dipnet.methods.dip import DIP
 from dipnet.models.families import Decoder, context_length
 from dipnet.models.tokens import Prefill
+from dipnet.store.check import check_rest
+from dipnet.store.geometry import Weights
 from dipnet.store.index import REST_NAME, Index, read_index
 from dipnet.streaming.attach import Streamed, streamed
 from dipnet.streaming.budget import Needs, divide, parse_size, pinned_bytes
 from dipnet.streaming.embedding import row_embedding
-from dipnet.streaming.engine import Engine, Key, Reader
+from dipnet.streaming.engine import Engine, Key, Reader, frames_size
+from dipnet.streaming.keys import reserve_keys
 from dipnet.streaming.linear import TOKENS
+from dipnet.streaming.packed import Progress, store_of
 from dipnet.streaming.stats import Stats, process_bytes
 from dipnet.units import ModelSpec
 
@@ -45,9 +49,15 @@ def load(
     policy: str = "lfu",
     prefill: Prefill = "dense",
     look_ahead: bool = True,
+    weights: Weights | None = None,
+    progress: Progress | None = None,
     reader: Reader | None = None,
 ) -> PreTrainedModel:
     """A causal LM that decodes with ``method`` (None: dense) from the store at ``path``.
+
+    With ``weights`` (int4, int8 or bf16) ``path`` may also be a checkpoint, a hub id or a bundled
+    model: it is packed once, into ~/.cache/dipnet or $DIPNET_CACHE, and runs from there;
+    ``progress`` is called with the bytes written so far and in all.
 
     ``memory`` ("4GiB" or bytes) bounds the whole process: what is not taken by the interpreter,
     by the weights that are always in memory (attention, head), by keys and values for ``context``
@@ -61,25 +71,27 @@ def load(
     budget is too small (the message says which works); `StoreError`, an InputError, when a record
     cannot be read later.
     """
-    folder = Path(path)
-    index = read_index(folder)
     check_policy(policy)
     if memory is not None and cache is not None:
         raise InputError("give either memory (of the whole process) or cache (of the records)")
     sizes = {"memory": memory, "cache": cache}
     bounds = {name: parse_size(size) for name, size in sizes.items() if size is not None}
+    folder = store_of(path, weights, progress)
+    index = read_index(folder)
+    check_rest(folder, index)
     model, scales = _skeleton(folder)
     decoder = Decoder(model)
     chosen = fitted_method(method or Dense(), index, decoder.spec)
     reader = reader or Reader()
     budget = bounds.get("cache")
+    tokens = _context(model, context)
     if "memory" in bounds:
-        tokens = _context(model, context)
         budget = needs(index, model, reader, tokens).left(bounds["memory"])
     slots = divide(index, budget, densities(chosen, index, decoder.spec))
     engine = Engine(folder, index, scales, slots, policy, reader)
     attached = Streamed(decoder, engine, chosen, prefill, look_ahead=look_ahead)
     attached.attach()
+    reserve_keys(model.get_decoder(), tokens)
     for group in index.groups:
         if slots[group.layer, group.name] == group.units:
             engine.hold(group.key)
@@ -110,11 +122,23 @@ def needs(index: Index, model: PreTrainedModel, reader: Reader, tokens: int) -> 
     largest = max(TOKENS * (8 * g.outputs + 12 * g.rows + 16 * g.channels) for g in index.groups)
     return Needs(
         process=process_bytes(),
+        peak=process_bytes("VmHWM"),
         pinned=pinned_bytes(index),
-        frames=reader.frame_bytes,
+        frames=frames_size(index, reader),
         keys=2 * index.layers * heads * size * 4 * tokens,
         work=largest,
     )
+
+
+def measured_needs(path: str | Path, context: int | None = None) -> Needs:
+    """What the store at ``path`` takes in this process, for sequences of ``context`` tokens.
+
+    Raises InputError when the store is damaged.
+    """
+    folder = Path(path)
+    index = read_index(folder)
+    model, _scales = _skeleton(folder)
+    return needs(index, model, Reader(), _context(model, context))
 
 
 def densities(method: Method, index: Index, spec: ModelSpec) -> dict[Key, float]:

@@ -19,7 +19,8 @@ class LookAhead:
     """Reads ahead for ``group``: what its mask would be for an early guess of its input.
 
     A group without masks is used whole: then everything is wanted, for certain. ``early`` makes
-    the guess, (1, channels), from what is known while another group's records arrive.
+    the guess, (1, channels), from what is known while another group's records arrive; None when
+    there is nothing to make it from.
     """
 
     def __init__(self, group: RecordGroup, early: Callable[[], Tensor] | None) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields, replace
+from operator import sub
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,10 @@ class SiteStats:
     guessed: int
     useful: int
 
+    def since(self, earlier: SiteStats) -> SiteStats:
+        """What was counted after ``earlier``."""
+        return SiteStats(*map(sub, astuple(self), astuple(earlier)))
+
     @property
     def hit_rate(self) -> float | None:
         """The share of wanted units that were in memory; None when none was wanted."""
@@ -70,10 +75,19 @@ class Stats:
     peak_memory: int
     sites: dict[str, SiteStats]
 
+    def since(self, earlier: Stats) -> Stats:
+        """What was done after ``earlier``, statistics of the same model; the peak stays."""
+        values = {name: getattr(self, name) - getattr(earlier, name) for name in _COUNTED}
+        sites = {name: site.since(earlier.sites[name]) for name, site in self.sites.items()}
+        return replace(self, **values, sites=sites)
+
     @property
     def disk_rate(self) -> float | None:
         """Bytes per second while the disk was busy; None when it never was."""
         return self.bytes_read / self.disk_busy if self.disk_busy else None
+
+
+_COUNTED = [f.name for f in fields(Stats) if f.name not in ("peak_memory", "sites")]
 
 
 class Recorder:
