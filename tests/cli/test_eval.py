@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dipnet.cli import demo as cli_demo
+from dipnet.cli import demo_streamed
 from tests.cli.conftest import Run
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -145,16 +146,21 @@ def test_fit_split(run: Run, llama: str, text: str) -> None:
 def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli_demo, "NEW_TOKENS", 6)
     monkeypatch.setattr(cli_demo, "WINDOWS", 1)
+    monkeypatch.setattr(demo_streamed, "NEW_TOKENS", 3)
+    monkeypatch.setattr(demo_streamed, "WINDOWS", 1)
     monkeypatch.setattr(cli_demo, "DENSITIES", (0.5,))
     monkeypatch.setattr(cli_demo, "SWEEPS", dict.fromkeys(cli_demo.SWEEPS, ("dip",)))
     result = run("demo", "--out", str(tmp_path / "demo"))
     assert result.code == 0, result.err
-    assert result.out.count(cli_demo.PROMPT) == 2
+    assert result.out.count(cli_demo.PROMPT) == 2 + 3
+    assert "MiB read a token" in result.out
     assert "held-out perplexity" in result.out
     assert (tmp_path / "demo" / "perplexity.png").read_bytes().startswith(PNG)
     figures = json.loads((tmp_path / "demo" / "demo.json").read_text())
     assert [made["method"] for made in figures["generated"]] == ["dense", "dip"]
     assert all(made["new_tokens"] == 6 for made in figures["generated"])
+    assert [each["method"] for each in figures["streamed"]] == [*demo_streamed.METHODS]
+    assert all(each["decoding"]["bytes_per_token"] > 0 for each in figures["streamed"])
     assert [e["model"]["name"] for e in figures["evaluations"]] == ["demo-swiglu", "demo-relu"]
 
 

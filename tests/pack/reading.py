@@ -58,5 +58,6 @@ def _place8(output: int) -> tuple[int, int]:
 def _place4(output: int) -> tuple[int, int]:
     """The byte and the shift of the nibble that hold an output of int4."""
     tile, inside = divmod(output, 128)
-    half, within = divmod(inside, 64)
-    return 64 * tile + _place8(within)[0], 4 * half
+    v, rest = divmod(inside, 32)
+    half, lane = divmod(rest, 16)
+    return 64 * tile + _place8(16 * v + lane)[0], 4 * half

@@ -22,6 +22,7 @@ ATTENDED = torch.ones_like(TOKENS)
 ATTENDED[1, :PADDING] = 0
 PROMPT = 6
 
+
 def cache_bytes(store: Path, share: float) -> int:
     """Bytes of caches that hold about a share of the records that can be streamed."""
     return int(share * sum(g.bytes for g in read_index(store).groups if g.name in CACHED))
@@ -37,9 +38,7 @@ def load(
 
 
 @torch.no_grad()
-def decode(
-    model: PreTrainedModel, tokens: Tensor = TOKENS, attended: Tensor = ATTENDED
-) -> Tensor:
+def decode(model: PreTrainedModel, tokens: Tensor = TOKENS, attended: Tensor = ATTENDED) -> Tensor:
     """(batch, tokens, vocabulary) logits, the first `PROMPT` tokens as a prompt.
 
     What padding itself gives is left out: it is zero.

@@ -297,5 +297,3 @@ def test_generate(stores: Stores) -> None:
             torch.manual_seed(1)
             made.append(model.generate(prompt, max_new_tokens=8, **options))
         assert torch.equal(*made)
-
-

@@ -34,10 +34,10 @@ disk when a token needs it. Dense streaming needs the whole MLP, DIP half of it,
 those of its weights that are in memory already.
 """
 HONESTY = """\
-The texts are greedy; perplexity and hits are of the first {windows} windows of the held-out text, from an
-empty cache on. A model this small has records of {record}: choosing them and reading them one by one
-costs more than it saves, and dense streaming, which reads in long runs, can be the fastest here.
-What shrinks are the bytes; where those decide, with a large model, the gains are in docs/results.md.
+The texts are greedy; perplexity and hits are of the first {windows} windows of the held-out text,
+from an empty cache on. A model this small has records of {record}: choosing them and reading them
+one by one costs more than it saves, and dense streaming, which reads in long runs, can be the
+fastest here. What shrinks are the bytes; docs/results.md is about models where those decide.
 """
 
 

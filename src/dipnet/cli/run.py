@@ -255,18 +255,28 @@ def _generate(
     if max_new_tokens > room:
         note(f"the context of {loaded.context} tokens has room for {room} new ones: stopping there")
     of_prompt: list[Stats] = []
+    written = False
+
+    def write(text: str) -> None:
+        nonlocal written
+        written = True
+        stream(text)
+
     try:
         made = generate(
             loaded,
             prompt,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            write=stream if show else None,
+            write=write if show else None,
             decoding=(lambda: of_prompt.append(stats(loaded.model))) if store else None,
         )
-    finally:
-        if show:
+    except BaseException:
+        if written:  # the error's line begins a line of its own
             stream("\n")
+        raise
+    if show:
+        stream("\n")
     return Outcome(
         made,
         usage(loaded.model).density(),

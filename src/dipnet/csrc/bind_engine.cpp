@@ -138,7 +138,9 @@ nb::dict reader_totals(const Engine& engine) {
 
 void bind_engine(nb::module_& m) {
   static PyObject* error = nullptr;
-  nb::object made = nb::steal(PyErr_NewException("dipnet._native.RecordError", PyExc_OSError, nullptr));
+  // No OSError: that keeps two of its arguments only.
+  nb::object made =
+      nb::steal(PyErr_NewException("dipnet._native.RecordError", PyExc_RuntimeError, nullptr));
   error = made.ptr();
   m.attr("RecordError") = made;
   nb::register_exception_translator(
@@ -162,9 +164,9 @@ void bind_engine(nb::module_& m) {
       .def("resident", &resident)
       .def("load", &Engine::load, nb::call_guard<nb::gil_scoped_release>())
       .def("begin", &begin)
-      .def("partial", &partial)
+      .def("partial", &partial, nb::arg("y").noconvert())
       .def("prefetch", &prefetch)
-      .def("finish", &finish)
+      .def("finish", &finish, nb::arg("y").noconvert())
       .def("totals", &totals)
       .def("reader_totals", &reader_totals)
       .def("reset_totals", &Engine::reset_totals);

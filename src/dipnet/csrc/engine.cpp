@@ -32,8 +32,8 @@ std::string describe(std::size_t site, std::size_t unit, int error) {
 
 }  // namespace
 
-RecordError::RecordError(std::size_t site, std::size_t unit, int error)
-    : std::runtime_error(describe(site, unit, error)), site(site), unit(unit), error(error) {}
+RecordError::RecordError(std::size_t at, std::size_t number, int reason)
+    : std::runtime_error(describe(at, number, reason)), site(at), unit(number), error(reason) {}
 
 Engine::Engine(std::unique_ptr<Reader> reader, std::size_t threads, std::size_t frame_bytes,
                std::size_t largest_record)
@@ -275,6 +275,10 @@ std::int32_t Engine::land(const Done& done) {
   const Flight flight = std::move(flights_[done.tag]);
   free_flights_.push_back(done.tag);
   Site& s = sites_[flight.site];
+  if (done.error && flight.pieces.size() > 1) {  // which of them is it?
+    for (const Piece& piece : flight.pieces) read(flight.site, {piece});
+    return kNone;
+  }
   std::int32_t lost = kNone;
   for (const Piece& piece : flight.pieces) {
     const bool ours = running_ && flight.site == active_ && wanted_[piece.unit];

@@ -45,7 +45,7 @@ class Engine {
   const Site& site(std::size_t number) const { return sites_.at(number); }
   const Reader& reader() const { return *reader_; }
 
-  // The cache's view of one token's mask (units).
+  // The cache's view of one token's mask (units). Gives up a request of the site that was begun.
   Access access(std::size_t site, const bool* wanted);
 
   // Reads everything that the cache counts as resident and that is not in memory yet.
@@ -60,7 +60,7 @@ class Engine {
 
   // Reads wanted (units) records of a site ahead into frames, those of the highest score first, as
   // many as the disk delivers in the time in which it would have nothing to do; or as fit, when
-  // they are certain to be needed. Another site than that of a request that is under way.
+  // they are certain to be needed. Gives up a request of the same site, as access does.
   void prefetch(std::size_t site, const bool* wanted, const float* score, bool certain);
 
   // y (tokens, rows), when all records have been multiplied.

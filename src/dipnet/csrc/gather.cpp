@@ -84,6 +84,7 @@ void add_integers(Kind kind, std::size_t outputs, const Term* terms, std::size_t
     for (std::size_t i = begin; i < end; i += kPass) {
       pass(gather(kind, outputs, terms + i, end - i, x, first, last), sums);
     }
+    if (kind == Kind::int4) separate(sums, last - first);
     add_to_total(sums, std::ldexp(1.0, -2 * magnitude), last - first, total + first);
     begin = end;
   }

@@ -67,18 +67,26 @@ inline Interleaved interleave(const Columns& from, std::size_t quad, std::size_t
            _mm256_unpacklo_epi16(ab_high, cd_high), _mm256_unpackhi_epi16(ab_high, cd_high)}};
 }
 
+// Adds the products of two nibbles of each byte. A whole byte times a multiplier would not fit the 16
+// bits of a pair, so the byte's sum is put together from the nibbles'.
 DIPNET_TARGET
-inline void add(std::int32_t* at, __m256i bytes, std::int32_t factors) {
-  auto* const sum = reinterpret_cast<__m256i*>(at);
-  _mm256_store_si256(sum, dot(_mm256_load_si256(sum), bytes, _mm256_set1_epi32(factors)));
+inline void add(std::int32_t* low_at, std::int32_t* high_at, __m256i low, __m256i high,
+                std::int32_t factors) {
+  const __m256i m = _mm256_set1_epi32(factors), zero = _mm256_setzero_si256();
+  const __m256i sixteenfold = _mm256_slli_epi32(dot(zero, high, m), 4);
+  auto* const low_sum = reinterpret_cast<__m256i*>(low_at);
+  auto* const high_sum = reinterpret_cast<__m256i*>(high_at);
+  const __m256i whole = _mm256_add_epi32(dot(_mm256_load_si256(low_sum), low, m), sixteenfold);
+  _mm256_store_si256(low_sum, whole);
+  _mm256_store_si256(high_sum, _mm256_add_epi32(_mm256_load_si256(high_sum), sixteenfold));
 }
 
-// 32 bytes of a tile are its outputs 16 v + 8 half + (0..7) for v = 0..3.
+// 32 bytes of a tile are its outputs 32 v + 8 half + (0..7) and those 16 further on, v = 0..3.
 DIPNET_TARGET
 void int4(const Columns& columns, Sums& sums) {
   Multipliers made;
   multiply_groups(columns, made);
-  const __m256i nibble = _mm256_set1_epi8(15);
+  const __m256i low_nibbles = _mm256_set1_epi8(15);
   for (std::size_t quad = 0; quad < columns.count / 4; ++quad) {
     for (std::size_t group = 0; group < columns.outputs / kGroup; group += 8) {
       auto* const e = reinterpret_cast<__m256i*>(sums.excess + group);
@@ -91,9 +99,9 @@ void int4(const Columns& columns, Sums& sums) {
         const Interleaved bytes = interleave(columns, quad, tile / 2 + 32 * half);
         std::int32_t* const at = sums.sum + tile + 8 * half;
         for (std::size_t v = 0; v < 4; ++v) {
-          const __m256i high = _mm256_srli_epi16(bytes.part[v], 4);
-          add(at + 16 * v, _mm256_and_si256(bytes.part[v], nibble), m[v / 2]);
-          add(at + 64 + 16 * v, _mm256_and_si256(high, nibble), m[2 + v / 2]);
+          const __m256i low = _mm256_and_si256(bytes.part[v], low_nibbles);
+          const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes.part[v], 4), low_nibbles);
+          add(at + 32 * v, at + 32 * v + kGroup / 2, low, high, m[v]);
         }
       }
     }

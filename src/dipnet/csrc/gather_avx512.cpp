@@ -82,7 +82,7 @@ DIPNET_TARGET
 void int4(const Columns& columns, Sums& sums) {
   Multipliers made;
   multiply_groups(columns, 8, made, sums.excess);
-  const __m512i nibble = _mm512_set1_epi8(15);
+  const __m512i high_nibbles = _mm512_set1_epi8(static_cast<char>(0xf0));
   const std::size_t quads = columns.count / 4;
   for (std::size_t tile = 0; tile < columns.outputs; tile += kTile) {
     std::int32_t* const at = sums.sum + tile;
@@ -92,10 +92,10 @@ void int4(const Columns& columns, Sums& sums) {
       const Interleaved bytes = interleave(columns, quad, tile / 2);
       const std::int32_t* const m = made[quad] + tile / kGroup;
       for (std::size_t v = 0; v < 4; ++v) {
-        const __m512i low = _mm512_and_si512(bytes.part[v], nibble);
-        const __m512i high = _mm512_and_si512(_mm512_srli_epi16(bytes.part[v], 4), nibble);
-        sum[v] = _mm512_dpbusd_epi32(sum[v], low, _mm512_set1_epi32(m[v / 2]));
-        sum[4 + v] = _mm512_dpbusd_epi32(sum[4 + v], high, _mm512_set1_epi32(m[2 + v / 2]));
+        const __m512i factors = _mm512_set1_epi32(m[v]);
+        const __m512i high = _mm512_and_si512(bytes.part[v], high_nibbles);
+        sum[2 * v] = _mm512_dpbusd_epi32(sum[2 * v], bytes.part[v], factors);
+        sum[2 * v + 1] = _mm512_dpbusd_epi32(sum[2 * v + 1], high, factors);
       }
     }
     for (std::size_t v = 0; v < 8; ++v) _mm512_store_si512(at + 16 * v, sum[v]);

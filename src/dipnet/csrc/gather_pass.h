@@ -23,8 +23,11 @@ struct Columns {
   std::size_t outputs;  // of the chunk, a multiple of kTile
 };
 
-// Sums of a chunk. The weight's value is its stored number less an offset; an instruction set may
-// leave the offset's share in `sum` and collect it once for each group in `excess`.
+// Sums of a chunk. A weight's value is its stored number less an offset; an instruction set may leave
+// the offset's share in `sum` and collect it once for each group in `excess`. Of a byte with two
+// nibbles, the sum of the low one's output is that of the whole byte, and the sum of the high one's
+// output that of 16 times the nibble: masking once instead of twice and not shifting is a third of
+// the instructions. `separate` makes of them what they stand for.
 struct Sums {
   alignas(64) std::int32_t sum[kChunk];
   alignas(64) std::int32_t excess[kGroups];
@@ -38,8 +41,19 @@ struct InstructionSet {
   void (*bf16)(const Columns& columns, float* sums);
 };
 
-// The place within its tile of the weight in byte p: vector instructions that interleave four
-// columns then find neighbouring outputs in neighbouring lanes.
+// Makes the sums of nibbles out of those of bytes.
+inline void separate(Sums& sums, std::size_t outputs) {
+  for (std::size_t group = 0; group < outputs; group += kGroup) {
+    for (std::size_t low = group; low < group + kGroup / 2; ++low) {
+      std::int32_t& high = sums.sum[low + kGroup / 2];
+      sums.sum[low] -= high;
+      high >>= 4;
+    }
+  }
+}
+
+// The place within a tile of 64 bytes of the weight in byte p: vector instructions that interleave
+// four columns then find neighbouring outputs in neighbouring lanes.
 constexpr std::size_t output_of_byte(std::size_t p) {
   return 16 * (p / 4 % 4) + 4 * (p / 16) + p % 4;
 }

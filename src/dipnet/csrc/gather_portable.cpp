@@ -7,15 +7,16 @@ namespace {
 
 void int4(const Columns& columns, Sums& sums) {
   for (std::size_t k = 0; k < columns.count; ++k) {
-    for (std::size_t tile = 0; tile < columns.outputs; tile += kTile) {
-      const std::uint8_t* bytes = columns.weights[k] + tile / 2;
-      for (std::size_t p = 0; p < kTile / 2; ++p) {
-        const std::size_t low = tile + output_of_byte(p), high = low + kTile / 2;
-        sums.sum[low] += multiplier(columns.factor[k], columns.groups[k][low / kGroup]) *
-                         ((bytes[p] & 15) - 8);
-        sums.sum[high] += multiplier(columns.factor[k], columns.groups[k][high / kGroup]) *
-                          ((bytes[p] >> 4) - 8);
+    for (std::size_t group = 0; group < columns.outputs / kGroup; ++group) {
+      const std::int32_t m = multiplier(columns.factor[k], columns.groups[k][group]);
+      const std::uint8_t* bytes = columns.weights[k] + group / 4 * (kTile / 2);
+      const std::size_t v = group % 4;
+      for (std::size_t i = 0; i < kGroup / 2; ++i) {
+        const std::int32_t byte = bytes[16 * (i / 4) + 4 * v + i % 4];
+        sums.sum[group * kGroup + i] += m * byte;
+        sums.sum[group * kGroup + kGroup / 2 + i] += m * (byte & 0xf0);
       }
+      sums.excess[group] += 8 * m;
     }
   }
 }

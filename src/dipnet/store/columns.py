@@ -30,6 +30,8 @@ CLIPS = (1.0, 0.93, 0.86)
 MAX_MULTIPLIER = 127
 CHUNK = 1 << 19
 """Weights that are quantised at a time: 2 MB, so that the dozens of passes stay in the caches."""
+NIBBLES = 16
+"""Outputs whose levels are the low nibbles of as many bytes; the next ones are the high nibbles."""
 LEAST_WIDTH = 64
 """Channels of a chunk at least: the innermost loops run along them."""
 
@@ -171,7 +173,7 @@ def _swizzle(rows: Tensor) -> Tensor:
 
 def _pack4(levels: Tensor) -> Tensor:
     """(outputs, channels) levels of 0..15 -> (outputs / 2, channels) bytes of two levels each."""
-    halves = levels.view(-1, 2, TILE // 2, levels.shape[-1])
+    halves = levels.view(-1, 2, NIBBLES, levels.shape[-1])
     pairs = halves[:, 0] | (halves[:, 1] << 4)
     return _swizzle(pairs.reshape(-1, levels.shape[-1]))
 
@@ -183,5 +185,5 @@ def _unswizzle(columns: Tensor) -> Tensor:
 
 def _unpack4(columns: Tensor) -> Tensor:
     """(channels, outputs / 2) bytes -> (channels, outputs) int32 levels of 0..15."""
-    pairs = _unswizzle(columns).int().reshape(len(columns), -1, 1, TILE // 2)
+    pairs = _unswizzle(columns).int().reshape(len(columns), -1, 1, NIBBLES)
     return torch.cat([pairs & 15, pairs >> 4], dim=2).reshape(len(columns), -1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -104,7 +105,7 @@ class RecordGroup:
         self.tokens = tokens
         self.masks = masks
         self.look_ahead: LookAhead | None = None
-        self._all = torch.ones(TOKENS, group.units, dtype=torch.bool)
+        self._all = _everything(group.units)
         self._input: Tensor | None = None
         self._output: Tensor | None = None
         self._takers = 0
@@ -158,6 +159,12 @@ class RecordGroup:
         wanted = self._all[: len(x)]
         self.engine.access(self.key, wanted[0].numpy())
         return wanted
+
+
+@cache
+def _everything(units: int) -> Tensor:
+    """(TOKENS, units) bool, all kept; one for all groups of that size."""
+    return torch.ones(TOKENS, units, dtype=torch.bool)
 
 
 class RecordLinear(nn.Module):

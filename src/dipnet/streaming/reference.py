@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from dipnet.store.geometry import (
     SCALED_TOGETHER,
-    TILE,
     Weights,
     multiplier_bytes,
     padded_outputs,
@@ -86,7 +85,7 @@ def factors(
 
 
 def multiply_rounded(factor: NDArray[np.int64], group: NDArray[np.int64]) -> NDArray[np.int64]:
-    """factor * group / 2**15, rounded to the nearest, halves up: what a level is multiplied with."""
+    """factor * group / 2**15, rounded, halves up: what a level is multiplied with."""
     return (((factor * group) >> 14) + 1) >> 1
 
 
@@ -99,7 +98,7 @@ def stored(
     rows = columns[:, :size]
     if kind == "int8":
         return _natural(rows, 64).astype(np.int64) - 128, groups.astype(np.int64)
-    pairs = _natural(rows, 64).reshape(len(rows), -1, TILE // 2)
+    pairs = _natural(rows, 64).reshape(len(rows), -1, SCALED_TOGETHER // 2)
     levels = np.concatenate([pairs & 15, pairs >> 4], axis=2).reshape(len(rows), -1)
     return levels.astype(np.int64) - 8, groups.astype(np.int64)
 
