@@ -71,7 +71,8 @@ inline std::vector<float> product(Group& group, const float* x, const bool* mask
   Activations activations;
   activations.set(x, group.scale.empty() ? nullptr : group.scale.data(), keep.get(),
                   layout.channels);
-  std::vector<double> total(layout.outputs, 0.0);
+  Totals total;
+  total.reset(layout.kind, layout.outputs, activations.classes);
   const auto add = [&](std::size_t first, std::size_t last, int magnitude) {
     std::vector<Term> terms;
     for (std::size_t i = first * layout.block; i < last * layout.block; ++i) {
@@ -79,8 +80,8 @@ inline std::vector<float> product(Group& group, const float* x, const bool* mask
       const std::size_t unit = i / layout.block, place = i % layout.block;
       terms.push_back({group.record(unit) + place * layout.stride, static_cast<std::uint32_t>(i)});
     }
-    accumulate(layout.kind, layout.outputs, terms.data(), terms.size(), activations, total.data(),
-               0, layout.outputs);
+    accumulate(layout.kind, layout.outputs, terms.data(), terms.size(), activations, total, 0,
+               layout.outputs);
   };
   if (layout.kind == Kind::bf16) {
     for (std::size_t u = 0; u < layout.units(); u += 64) {
@@ -92,7 +93,7 @@ inline std::vector<float> product(Group& group, const float* x, const bool* mask
     }
   }
   std::vector<float> y(layout.rows);
-  finish(layout.kind, activations, total.data(), layout.rows, y.data());
+  finish(layout.kind, activations, total, 0, layout.rows, y.data());
   return y;
 }
 

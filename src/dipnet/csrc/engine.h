@@ -56,7 +56,7 @@ class Engine {
 
   // y (tokens, rows): what the records multiplied so far make; not for bf16, which multiplies none
   // before finish.
-  void partial(float* y) const;
+  void partial(float* y);
 
   // Reads wanted (units) records of a site ahead into frames, those of the highest score first, as
   // many as the disk delivers in the time in which it would have nothing to do; or as fit, when
@@ -109,7 +109,7 @@ class Engine {
   void multiply_part(const std::int32_t* units, std::size_t count);
   void sort_terms(std::size_t token, const std::int32_t* units, std::size_t count,
                   std::vector<Term>& terms) const;
-  void write(float* y) const;
+  void write(float* y);
   static double seconds_since(Clock::time_point begun) {
     return std::chrono::duration<double>(Clock::now() - begun).count();
   }
@@ -131,7 +131,7 @@ class Engine {
   std::vector<Activations> activations_;  // (tokens)
   std::vector<std::uint8_t> masks_;       // (tokens, units)
   std::vector<std::uint8_t> wanted_;      // (units) by any token, and not multiplied yet
-  std::vector<double> total_;             // (tokens, outputs)
+  std::vector<Totals> totals_;            // (tokens)
   std::vector<Piece> queue_;              // to be read, in the order of the file
   std::size_t queued_ = 0;                // of them already under way
   std::size_t missing_ = 0;               // records that have not been multiplied yet

@@ -26,17 +26,18 @@ void Engine::set_activations(const float* x) {
   const std::size_t channels = s.layout.channels, units = s.layout.units(), block = s.layout.block;
   activations_.resize(std::max(activations_.size(), tokens_));
   terms_.resize(std::max(terms_.size(), tokens_));
-  total_.assign(tokens_ * s.layout.outputs, 0.0);
+  totals_.resize(std::max(totals_.size(), tokens_));
   const float* const scale = s.scale.empty() ? nullptr : s.scale.data();
   pool_.run(tokens_, [&](std::size_t t) {
     const auto* const mask = reinterpret_cast<const bool*>(masks_.data() + t * units);
     if (block == 1) {
       activations_[t].set(x + t * channels, scale, mask, channels);
-      return;
+    } else {
+      const auto keep = std::make_unique<bool[]>(channels);
+      for (std::size_t u = 0; u < units; ++u) std::fill_n(&keep[u * block], block, mask[u]);
+      activations_[t].set(x + t * channels, scale, keep.get(), channels);
     }
-    const auto keep = std::make_unique<bool[]>(channels);
-    for (std::size_t u = 0; u < units; ++u) std::fill_n(&keep[u * block], block, mask[u]);
-    activations_[t].set(x + t * channels, scale, keep.get(), channels);
+    totals_[t].reset(s.layout.kind, s.layout.outputs, activations_[t].classes);
   });
 }
 
@@ -58,7 +59,7 @@ void Engine::multiply_part(const std::int32_t* units, std::size_t count) {
     const std::size_t first = task * share, last = std::min(layout.outputs, first + share);
     for (std::size_t t = 0; t < tokens_; ++t) {
       accumulate(layout.kind, layout.outputs, terms_[t].data(), terms_[t].size(), activations_[t],
-                 total_.data() + t * layout.outputs, first, last);
+                 totals_[t], first, last);
     }
   });
 }
@@ -92,12 +93,15 @@ void Engine::sort_terms(std::size_t token, const std::int32_t* units, std::size_
   }
 }
 
-void Engine::write(float* y) const {
-  const Layout& layout = sites_[active_].layout;
-  for (std::size_t t = 0; t < tokens_; ++t) {
-    dipnet::finish(layout.kind, activations_[t], total_.data() + t * layout.outputs, layout.rows,
-                   y + t * layout.rows);
-  }
+void Engine::write(float* y) {
+  const Layout& layout = active().layout;
+  const std::size_t share = task_outputs(layout.outputs, pool_.threads());
+  const std::size_t shares = (layout.rows + share - 1) / share;
+  pool_.run(tokens_ * shares, [&](std::size_t task) {
+    const std::size_t t = task / shares, first = task % shares * share;
+    dipnet::finish(layout.kind, activations_[t], totals_[t], first,
+                   std::min(layout.rows, first + share), y + t * layout.rows);
+  });
 }
 
 std::pair<std::size_t, std::size_t> Engine::result_shape() const {
@@ -105,7 +109,7 @@ std::pair<std::size_t, std::size_t> Engine::result_shape() const {
   return {tokens_, sites_[active_].layout.rows};
 }
 
-void Engine::partial(float* y) const {
+void Engine::partial(float* y) {
   if (!running_) throw std::logic_error("partial comes between begin and finish");
   write(y);
 }

@@ -14,8 +14,6 @@
 namespace dipnet {
 namespace {
 
-constexpr std::size_t kFlush = 65536;  // terms until 255 * 127 * terms might leave an int32
-
 const InstructionSet* const kAll[] = {
 #if defined(__x86_64__)
     &kAvx512, &kAvx2,
@@ -58,45 +56,59 @@ Columns gather(Kind kind, std::size_t all_outputs, const Term* terms, std::size_
   return columns;
 }
 
-DIPNET_SIMD
-void add_to_total(const Sums& sums, double weight, std::size_t outputs, double* total) {
-  for (std::size_t group = 0; group < outputs / kGroup; ++group) {
-    const std::int32_t excess = sums.excess[group];
-    for (std::size_t o = group * kGroup; o < (group + 1) * kGroup; ++o) {
-      total[o] += weight * (sums.sum[o] - excess);
-    }
-  }
-}
-
 void add_integers(Kind kind, std::size_t outputs, const Term* terms, std::size_t count,
-                  const Activations& x, double* total, std::size_t first, std::size_t last) {
+                  const Activations& x, const Totals& totals, std::size_t first,
+                  std::size_t last) {
   const InstructionSet& set = *chosen();
   const auto pass = kind == Kind::int4 ? set.int4 : set.int8;
-  Sums sums;
   for (std::size_t begin = 0; begin < count;) {
-    const std::uint8_t magnitude = x.magnitude[terms[begin].channel];
-    std::fill_n(sums.sum, last - first, 0);
-    std::fill_n(sums.excess, kGroups, 0);
+    const std::uint8_t c = x.magnitude[terms[begin].channel];
     std::size_t end = begin;
-    while (end < count && end - begin < kFlush && x.magnitude[terms[end].channel] == magnitude) {
-      ++end;
-    }
+    while (end < count && x.magnitude[terms[end].channel] == c) ++end;
+    const Sums sums{totals.sums(c) + first, totals.excess(c) + first / kGroup};
     for (std::size_t i = begin; i < end; i += kPass) {
       pass(gather(kind, outputs, terms + i, end - i, x, first, last), sums);
     }
-    if (kind == Kind::int4) separate(sums, last - first);
-    add_to_total(sums, std::ldexp(1.0, -2 * magnitude), last - first, total + first);
     begin = end;
   }
 }
 
 void add_floats(std::size_t outputs, const Term* terms, std::size_t count, const Activations& x,
-                double* total, std::size_t first, std::size_t last) {
-  float sums[kChunk] = {};
+                const Totals& totals, std::size_t first, std::size_t last) {
   for (std::size_t i = 0; i < count; i += kPass) {
-    chosen().load()->bf16(gather(Kind::bf16, outputs, terms + i, count - i, x, first, last), sums);
+    chosen().load()->bf16(gather(Kind::bf16, outputs, terms + i, count - i, x, first, last),
+                          totals.floats() + first);
   }
-  for (std::size_t o = first; o < last; ++o) total[o] += sums[o - first];
+}
+
+// Of whole bytes and of their high nibbles, 16-fold: see gather_pass.h.
+DIPNET_SIMD
+void add_nibbles(const std::int32_t* sums, const std::int32_t* excess, double weight,
+                 std::size_t outputs, double* total) {
+  for (std::size_t group = 0; group < outputs / kGroup; ++group) {
+    const std::int32_t* const low = sums + group * kGroup;
+    const std::int32_t* const high = low + kGroup / 2;
+    double* const to = total + group * kGroup;
+    for (std::size_t i = 0; i < kGroup / 2; ++i) {
+      to[i] += weight * (low[i] - high[i] - excess[group]);
+      to[i + kGroup / 2] += weight * ((high[i] >> 4) - excess[group]);
+    }
+  }
+}
+
+DIPNET_SIMD
+void add_bytes(const std::int32_t* sums, const std::int32_t* excess, double weight,
+               std::size_t outputs, double* total) {
+  for (std::size_t group = 0; group < outputs / kGroup; ++group) {
+    for (std::size_t o = group * kGroup; o < (group + 1) * kGroup; ++o) {
+      total[o] += weight * (sums[o] - excess[group]);
+    }
+  }
+}
+
+DIPNET_SIMD
+void to_floats(const double* total, double unit, std::size_t n, float* y) {
+  for (std::size_t o = 0; o < n; ++o) y[o] = static_cast<float>(total[o] * unit);
 }
 
 // The loops below have no branch and no bool, and compare sizes as the integers that their bits are:
@@ -155,6 +167,13 @@ void to_factors(const float* x, const float* scale, const bool* keep, std::size_
   }
 }
 
+DIPNET_SIMD
+std::uint32_t classes_of(const std::uint8_t* magnitude, std::size_t n) {
+  std::uint8_t found = 0;
+  for (std::size_t i = 0; i < n; ++i) found |= static_cast<std::uint8_t>(1u << magnitude[i]);
+  return found;
+}
+
 }  // namespace
 
 std::size_t column_bytes(Kind kind, std::size_t outputs) {
@@ -179,25 +198,66 @@ void Activations::set(const float* x, const float* scale, const bool* keep, std:
     std::fill(factor.begin(), factor.end(), 0);
     std::fill(magnitude.begin(), magnitude.end(), 0);
   }
+  classes = classes_of(magnitude.data(), n);
 }
 
+void Totals::reset(Kind kind, std::size_t outputs, std::uint32_t classes) {
+  constexpr std::size_t kLine = 16;  // int32 of a cache line
+  outputs_ = outputs;
+  row_ = outputs + (outputs / kGroup + kLine - 1) / kLine * kLine;
+  const std::size_t bytes = kClasses * row_ * sizeof(std::int32_t);
+  if (memory_.bytes() < bytes) memory_ = Memory(bytes);
+  if (kind == Kind::bf16) {
+    std::fill_n(floats(), outputs, 0.0f);
+    return;
+  }
+  for (std::size_t c = 0; c < kClasses; ++c) {
+    if (classes >> c & 1) std::fill_n(sums(c), row_, 0);
+  }
+}
+
+std::int32_t* Totals::sums(std::size_t c) const {
+  return reinterpret_cast<std::int32_t*>(memory_.data()) + c * row_;
+}
+
+std::int32_t* Totals::excess(std::size_t c) const {
+  return sums(c) + outputs_;
+}
+
+float* Totals::floats() const { return reinterpret_cast<float*>(memory_.data()); }
+
 void accumulate(Kind kind, std::size_t outputs, const Term* terms, std::size_t count,
-                const Activations& activations, double* total, std::size_t first,
+                const Activations& activations, Totals& totals, std::size_t first,
                 std::size_t last) {
   for (std::size_t chunk = first; count > 0 && chunk < last; chunk += kChunk) {
     const std::size_t end = std::min(last, chunk + kChunk);
     if (kind == Kind::bf16) {
-      add_floats(outputs, terms, count, activations, total, chunk, end);
+      add_floats(outputs, terms, count, activations, totals, chunk, end);
     } else {
-      add_integers(kind, outputs, terms, count, activations, total, chunk, end);
+      add_integers(kind, outputs, terms, count, activations, totals, chunk, end);
     }
   }
 }
 
-void finish(Kind kind, const Activations& activations, const double* total, std::size_t n,
-            float* y) {
-  const double unit = kind == Kind::bf16 ? 1.0 : static_cast<double>(activations.bound) / 127.0;
-  for (std::size_t o = 0; o < n; ++o) y[o] = static_cast<float>(total[o] * unit);
+void finish(Kind kind, const Activations& activations, const Totals& totals, std::size_t first,
+            std::size_t last, float* y) {
+  if (kind == Kind::bf16) {
+    std::copy(totals.floats() + first, totals.floats() + last, y + first);
+    return;
+  }
+  const double unit = static_cast<double>(activations.bound) / 127.0;
+  const auto add = kind == Kind::int4 ? add_nibbles : add_bytes;
+  double total[kChunk];
+  for (std::size_t chunk = first; chunk < last; chunk += kChunk) {
+    const std::size_t n = std::min(kChunk, last - chunk);
+    std::fill_n(total, kChunk, 0.0);
+    for (std::size_t c = 0; c < kClasses; ++c) {
+      if (!(activations.classes >> c & 1)) continue;
+      add(totals.sums(c) + chunk, totals.excess(c) + chunk / kGroup,
+          std::ldexp(1.0, -2 * static_cast<int>(c)), (n + kGroup - 1) / kGroup * kGroup, total);
+    }
+    to_floats(total, unit, n, y + chunk);
+  }
 }
 
 const char* instruction_set() { return chosen().load()->name; }

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "memory.h"
+
 namespace dipnet {
 
 enum class Kind : std::uint8_t { int4, int8, bf16 };
@@ -29,6 +31,7 @@ struct Activations {
   std::vector<std::int16_t> factor;   // in units of 2^-15 of the class's bound
   std::vector<std::uint8_t> magnitude;  // class
   float bound = 0;                    // max |x_i| * scale_i * 127 over the kept channels
+  std::uint32_t classes = 0;          // bit c: some channel is of class c
 
   // x, scale and keep have n entries; scale is null for bf16. Dropped channels become zero.
   void set(const float* x, const float* scale, const bool* keep, std::size_t n);
@@ -39,16 +42,36 @@ struct Term {
   std::uint32_t channel;
 };
 
-// Adds the terms' products to total[first, last), both multiples of kTile.
+constexpr std::size_t kMostTerms = 65536;  // of one class: 255 * 127 * terms stays an int32
+
+// What the products of one token have added up to, for all outputs of a group.
+class Totals {
+ public:
+  // Zero, for activations of these classes.
+  void reset(Kind kind, std::size_t outputs, std::uint32_t classes);
+
+  std::int32_t* sums(std::size_t c) const;    // (outputs) of class c
+  std::int32_t* excess(std::size_t c) const;  // (outputs / kGroup), what the offsets added to them
+  float* floats() const;                      // (outputs) of bf16
+
+ private:
+  std::size_t outputs_ = 0, row_ = 0;
+  Memory memory_;
+};
+
+// Adds the terms' products to outputs [first, last) of the totals; first is a multiple of 512, last
+// one too or the end. The terms of a call are sorted by class.
 //
-// int4, int8: `total` collects exact sums, in units of bound / 127, over any number of calls.
-// The terms of a call are sorted by class. bf16: one call brings all terms, in the order of addition.
+// int4, int8: exact, over any number of calls with at most kMostTerms terms of a class altogether.
+// bf16: floats are added in the order of the terms and calls.
 void accumulate(Kind kind, std::size_t outputs, const Term* terms, std::size_t count,
-                const Activations& activations, double* total, std::size_t first,
+                const Activations& activations, Totals& totals, std::size_t first,
                 std::size_t last);
 
-// y = total in the activations' units, over n outputs; NaN all over when an activation was not finite.
-void finish(Kind kind, const Activations& activations, const double* total, std::size_t n, float* y);
+// y[first, last) = the totals in the activations' units; NaN all over when an activation was not
+// finite.
+void finish(Kind kind, const Activations& activations, const Totals& totals, std::size_t first,
+            std::size_t last, float* y);
 
 // The instruction sets that this CPU has: "avx512", "avx2", "portable". Choosing another than the
 // best is for tests; an unknown or missing one throws std::invalid_argument.

@@ -83,7 +83,7 @@ inline void add(std::int32_t* low_at, std::int32_t* high_at, __m256i low, __m256
 
 // 32 bytes of a tile are its outputs 32 v + 8 half + (0..7) and those 16 further on, v = 0..3.
 DIPNET_TARGET
-void int4(const Columns& columns, Sums& sums) {
+void int4(const Columns& columns, const Sums& sums) {
   Multipliers made;
   multiply_groups(columns, made);
   const __m256i low_nibbles = _mm256_set1_epi8(15);
@@ -110,7 +110,7 @@ void int4(const Columns& columns, Sums& sums) {
 
 // The stored byte less 128, as magnitude and sign: the sign moves to the multiplier.
 DIPNET_TARGET
-void int8(const Columns& columns, Sums& sums) {
+void int8(const Columns& columns, const Sums& sums) {
   Multipliers made;
   multiply_groups(columns, made);
   const __m256i offset = _mm256_set1_epi8(static_cast<char>(0x80));

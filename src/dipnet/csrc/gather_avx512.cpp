@@ -11,6 +11,12 @@ namespace {
 // For each quad of columns and each group, the four columns' multipliers as the bytes of an int32.
 using Multipliers = std::int32_t[kPass / 4][kGroups];
 
+DIPNET_TARGET
+inline void add_excess(std::int32_t* at, __m512i offset, __m512i multipliers, __mmask16 valid) {
+  const __m512i before = _mm512_maskz_loadu_epi32(valid, at);
+  _mm512_mask_storeu_epi32(at, valid, _mm512_dpbusd_epi32(before, offset, multipliers));
+}
+
 // Four columns' multipliers for 32 groups; adds `offset` times their sums to the excess.
 DIPNET_TARGET
 inline void multiply_groups(const Columns& columns, std::size_t quad, std::size_t group,
@@ -38,9 +44,8 @@ inline void multiply_groups(const Columns& columns, std::size_t quad, std::size_
       even, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), odd);
   _mm512_storeu_si512(made + group, first);
   _mm512_storeu_si512(made + group + 16, second);
-  auto* const e = excess + group;
-  _mm512_storeu_si512(e, _mm512_dpbusd_epi32(_mm512_loadu_si512(e), offset, first));
-  _mm512_storeu_si512(e + 16, _mm512_dpbusd_epi32(_mm512_loadu_si512(e + 16), offset, second));
+  add_excess(excess + group, offset, first, static_cast<__mmask16>(valid));
+  add_excess(excess + group + 16, offset, second, static_cast<__mmask16>(valid >> 16));
 }
 
 DIPNET_TARGET
@@ -79,7 +84,7 @@ inline Interleaved interleave(const Columns& from, std::size_t quad, std::size_t
 }
 
 DIPNET_TARGET
-void int4(const Columns& columns, Sums& sums) {
+void int4(const Columns& columns, const Sums& sums) {
   Multipliers made;
   multiply_groups(columns, 8, made, sums.excess);
   const __m512i high_nibbles = _mm512_set1_epi8(static_cast<char>(0xf0));
@@ -103,7 +108,7 @@ void int4(const Columns& columns, Sums& sums) {
 }
 
 DIPNET_TARGET
-void int8(const Columns& columns, Sums& sums) {
+void int8(const Columns& columns, const Sums& sums) {
   Multipliers made;
   multiply_groups(columns, 128, made, sums.excess);
   const std::size_t quads = columns.count / 4;

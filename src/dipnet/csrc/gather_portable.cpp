@@ -5,7 +5,7 @@
 namespace dipnet {
 namespace {
 
-void int4(const Columns& columns, Sums& sums) {
+void int4(const Columns& columns, const Sums& sums) {
   for (std::size_t k = 0; k < columns.count; ++k) {
     for (std::size_t group = 0; group < columns.outputs / kGroup; ++group) {
       const std::int32_t m = multiplier(columns.factor[k], columns.groups[k][group]);
@@ -21,7 +21,7 @@ void int4(const Columns& columns, Sums& sums) {
   }
 }
 
-void int8(const Columns& columns, Sums& sums) {
+void int8(const Columns& columns, const Sums& sums) {
   for (std::size_t k = 0; k < columns.count; ++k) {
     for (std::size_t tile = 0; tile < columns.outputs; tile += 64) {
       for (std::size_t p = 0; p < 64; ++p) {

@@ -13,6 +13,7 @@ void Layout::check(std::uint64_t file_bytes) const {
   };
   constexpr std::size_t kMost = std::size_t{1} << 31;
   need(channels > 0 && channels < kMost && block > 0 && channels % block == 0, "channels, block");
+  need(kind == Kind::bf16 || channels <= kMostTerms, "more channels than sums of integers hold");
   need(outputs > 0 && outputs < kMost && outputs % kTile == 0, "outputs");
   need(rows > 0 && rows <= outputs, "rows");
   need(stride == column_bytes(kind, outputs), "stride");

@@ -119,7 +119,7 @@ def needs(index: Index, model: PreTrainedModel, reader: Reader, tokens: int) -> 
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    largest = max(TOKENS * (8 * g.outputs + 12 * g.rows + 16 * g.channels) for g in index.groups)
+    largest = max(TOKENS * (25 * g.outputs + 12 * g.rows + 16 * g.channels) for g in index.groups)
     return Needs(
         process=process_bytes(),
         peak=process_bytes("VmHWM"),
