@@ -34,8 +34,6 @@ from dipnet.models.load import empty_model, load_config
 from dipnet.store.index import read_index
 
 LLAMA, DENSE, DIP = "llama.cpp, repacked", "dense", "DIP 50 %"
-OVERHEAD = ("selection", "bookkeeping")
-"""The parts of a token's time that masks and caches cost."""
 
 
 def settings(args: argparse.Namespace) -> list[Setting]:
@@ -65,11 +63,9 @@ def bytes_per_token(store: Path) -> dict[str, float]:
 
 
 def overhead(run: dict[str, Any]) -> float | None:
-    """The share of selection and bookkeeping in the time of the timed tokens."""
-    parts = run.get("statistics", {}).get("seconds")
-    if parts is None:
-        return None
-    return sum(parts.get(name, 0.0) for name in OVERHEAD) / sum(run["seconds_per_token"])
+    """The share of masks and caches (scores, selection, bookkeeping) in the timed tokens' time."""
+    statistics = run.get("statistics")
+    return statistics["selection"] / sum(run["seconds_per_token"]) if statistics else None
 
 
 def main() -> None:

@@ -16,6 +16,15 @@ def cache_aware_topk(
     k: int,
     threads: int,
 ) -> None: ...
+def gather_rows(
+    rows: NDArray[np.uint8],
+    scales: NDArray[np.float32] | None,
+    x: NDArray[np.float32],
+    mask: NDArray[np.bool_],
+    y: NDArray[np.float32],
+    kind: str,
+    threads: int,
+) -> None: ...
 
 class Cache:
     def __init__(self, units: int, slots: int, policy: str) -> None: ...

@@ -14,5 +14,6 @@ using Rows = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
 void bind_cache(nb::module_& m);
 void bind_engine(nb::module_& m);
 void bind_reader(nb::module_& m);
+void bind_rows(nb::module_& m);
 void bind_select(nb::module_& m);
 void bind_store(nb::module_& m);

@@ -5,6 +5,7 @@ NB_MODULE(_native, m) {
   bind_cache(m);
   bind_engine(m);
   bind_reader(m);
+  bind_rows(m);
   bind_select(m);
   bind_store(m);
 }

@@ -13,6 +13,7 @@ from dipnet.errors import BackendError, InputError
 from dipnet.kernels import native, reference
 
 BACKENDS = ("auto", "reference", "native")
+ROW_KINDS = ("int4", "int8", "bf16")
 
 
 def topk_mask(scores: Tensor, k: int, backend: str = "auto") -> Tensor:
@@ -57,6 +58,53 @@ def cache_aware_topk(
     if k in (0, scores.shape[-1]):
         return _all_or_none(scores, k)
     return chosen.cache_aware_topk(scores, k, resident, gamma)
+
+
+def gather_rows(
+    rows: Tensor, scales: Tensor | None, x: Tensor, mask: Tensor, kind: str, backend: str = "auto"
+) -> Tensor:
+    """Products of the kept rows of a matrix with a vector: (n,) float32, 0 where a row is dropped.
+
+    A row is a column of docs/store-format.md that runs over inputs instead of outputs. ``rows`` is
+    (n, stride) uint8, ``scales`` (n,) float32 (None for bf16), ``x`` (inputs,) floating, ``mask``
+    (n,) bool, ``kind`` "int4", "int8" or "bf16".
+
+    int4 and int8 round ``x`` to 15 bits in groups of 32 inputs, in a unit of at most 2**-13 of the
+    group's largest. Everything but the sum over groups is exact, and that is of doubles in one
+    order: every backend, instruction set and number of threads returns the same bits. A kept row is
+    NaN for int4 and int8 where any of ``x`` is NaN or infinite; bf16 multiplies as floats do.
+
+    Raises:
+        InputError: a shape, a dtype or the kind is another, or scales are missing or not expected.
+        BackendError: the requested backend is unknown or cannot serve these tensors.
+    """
+    _check_rows(rows, scales, x, mask, kind)
+    chosen = _choose(backend, native.why_not_rows(rows, scales, x, mask))
+    return chosen.gather_rows(rows, scales, x, mask, kind)
+
+
+def _check_rows(
+    rows: Tensor, scales: Tensor | None, x: Tensor, mask: Tensor, kind: str
+) -> None:
+    if kind not in ROW_KINDS:
+        raise InputError(f"no kind {kind!r} of weights; there are: {', '.join(ROW_KINDS)}")
+    if (scales is None) != (kind == "bf16"):
+        raise InputError("int4 and int8 rows have scales, bf16 rows have none")
+    if x.dim() != 1 or not x.is_floating_point():
+        raise InputError(f"x must be floating of shape (inputs,), not {_described(x)}")
+    stride = reference.row_bytes(kind, len(x))
+    if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != stride:
+        raise InputError(
+            f"rows must be torch.uint8 of shape (n, {stride}) for {len(x)} inputs of {kind}, not "
+            f"{_described(rows)}"
+        )
+    for name, given, dtype in (("scales", scales, torch.float32), ("mask", mask, torch.bool)):
+        if given is not None and (given.dtype != dtype or given.shape != rows.shape[:1]):
+            raise InputError(f"{name} must be {dtype} of shape ({len(rows)},), not {_described(given)}")
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
 
 
 def _all_or_none(scores: Tensor, k: int) -> Tensor:

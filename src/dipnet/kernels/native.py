@@ -25,6 +25,16 @@ def why_not(scores: Tensor, resident: Tensor | None = None) -> str | None:
     return None
 
 
+def why_not_rows(rows: Tensor, *others: Tensor | None) -> str | None:
+    """`why_not` for a product with ``rows`` and what belongs to them."""
+    if not _BUILT:
+        return "is not built: run `pip install .`"
+    elsewhere = {t.device.type for t in (rows, *others) if t is not None} - {"cpu"}
+    if elsewhere:
+        return f"takes tensors on cpu, not on {', '.join(sorted(elsewhere))}"
+    return None if rows.is_contiguous() else "takes rows that lie one after the other"
+
+
 def topk_mask(scores: Tensor, k: int) -> Tensor:
     """Mask of the k highest scores of each row: (..., n) floating -> (..., n) bool, 0 < k < n."""
     rows = scores.detach().float().contiguous()
@@ -46,3 +56,18 @@ def cache_aware_topk(scores: Tensor, k: int, resident: Tensor, gamma: float) -> 
         torch.get_num_threads(),
     )
     return mask
+
+
+def gather_rows(rows: Tensor, scales: Tensor | None, x: Tensor, mask: Tensor, kind: str) -> Tensor:
+    """Products of the kept of (n, stride) ``rows`` with (inputs,) ``x``: (n,) float32."""
+    y = torch.empty(len(rows))
+    _native.gather_rows(
+        rows.numpy(),
+        None if scales is None else scales.contiguous().numpy(),
+        x.detach().float().contiguous().numpy(),
+        mask.contiguous().numpy(),
+        y.numpy(),
+        kind,
+        torch.get_num_threads(),
+    )
+    return y

@@ -46,14 +46,15 @@ class SiteCache:
         """
         rows = scores.reshape(-1, self.site.units)
         uses = [True] * len(rows) if counted is None else counted.flatten().tolist()
-        mask = torch.empty_like(rows, dtype=torch.bool)
-        hits = 0
-        for row, kept, used in zip(rows, mask, uses, strict=True):
+        made, hits = [], 0
+        for row, used in zip(rows, uses, strict=True):
             resident = torch.from_numpy(self.cache.resident.copy()).to(row.device)
-            kept.copy_(self.method.select(self.site, row, resident))
+            mask = self.method.select(self.site, row, resident)
             if used:
-                hits += self.cache.access(kept.cpu().numpy())[0]
-        return mask.view(scores.shape), hits
+                hits += self.cache.access(mask.cpu().numpy())[0]
+            made.append(mask)
+        masks = made[0] if len(made) == 1 else torch.stack(made)
+        return masks.view(scores.shape), hits
 
 
 def check_not_recomputed(running: bool) -> None:

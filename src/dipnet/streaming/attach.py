@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any, cast
 
 import torch
@@ -49,7 +49,6 @@ class Streamed:
             for group in engine.index.groups
         }
         self._looks_ahead = look_ahead
-        self._threads = 0
 
     def attach(self) -> None:
         """Replace the linear layers, and watch the calls."""
@@ -63,8 +62,7 @@ class Streamed:
         setattr(model, ATTACHED, self)
         self.recorder.watch(model)
         Calls(model, self.tokens, self.usage).watch()
-        model.get_decoder().register_forward_pre_hook(self._one_thread)
-        model.get_decoder().register_forward_hook(self._all_threads, always_call=True)
+        model.get_decoder().forward = _on_one_thread(model.get_decoder().forward)
 
     def detach(self) -> None:
         """Undo is impossible: there are no dense weights to go back to."""
@@ -135,17 +133,6 @@ class Streamed:
         holder = self.decoder.holder(layer, matrix)
         return rows if holder.bias is None else rows + holder.bias[self.decoder.rows(matrix)]
 
-    # A token's operations outside our kernels are too small to share, and torch's threads would
-    # spin on the cores that our own threads need.
-    def _one_thread(self, _module: nn.Module, _args: Any) -> None:
-        self._threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-
-    def _all_threads(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        if self._threads:  # else another hook refused the call before it began
-            torch.set_num_threads(self._threads)
-        self._threads = 0
-
 
 def streamed(model: PreTrainedModel) -> Streamed:
     """What `load` attached to a model; InputError when it was not made by `load`."""
@@ -161,3 +148,23 @@ def _before_attention(
     x = args[0] if args else kwargs["hidden_states"]
     if x.shape[:-1].numel() == 1:
         ahead.with_input(norm(x.reshape(1, -1)))
+
+
+def _on_one_thread(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward function during which torch has one thread, however it ends.
+
+    A token's operations outside our kernels are too small to share, and torch's threads would spin
+    on the cores that our own threads need. A hook would not see Ctrl-C: torch calls those of a
+    failed call for `Exception` only.
+    """
+
+    @wraps(forward)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return alone
