@@ -1,6 +1,6 @@
 """Writes our model of the comparison: a store of seeded random int4 weights, quantised by nobody.
 
-    python benchmarks/peer/make_store.py OUT [--block 8] [--layers 40 ...]
+    python benchmarks/peer/make_store.py OUT [--block 2] [--layers 40 ...]
 
 The default sizes are Phi-3-Medium's (family `phi3`) and make a store of 8.0 GB. Nibbles and
 multipliers are drawn at random, with scales that keep activations of ordinary size; what a packed
@@ -214,7 +214,7 @@ def make(out: Path, shapes: Shapes, block: int, seed: int) -> Index:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--block", type=int, default=8, help="neurons of one mlp.hidden record")
+    parser.add_argument("--block", type=int, default=2, help="neurons of one mlp.hidden record")
     add_arguments(parser)
     args = parser.parse_args()
     if args.out.exists():
