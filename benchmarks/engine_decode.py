@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,37 +35,22 @@ def method_of(args: argparse.Namespace) -> Any:
     return dipnet.DIP(args.density, cache_aware=args.gamma)
 
 
-def snapshot(model: Any) -> dict[str, Any]:
-    """The engine's statistics since it was loaded."""
-    found = dipnet.stats(model)
-    return asdict(found) if is_dataclass(found) else dict(found)
-
-
-def difference(after: Any, before: Any) -> Any:
-    """What was added to every number; what is no number stays as it is after."""
-    if isinstance(after, dict):
-        return {key: difference(value, before.get(key, 0)) for key, value in after.items()}
-    if isinstance(after, bool) or not isinstance(after, int | float):
-        return after
-    return after - before
-
-
 @torch.inference_mode()
 def decode(model: Any, warmup: int, tokens: int, seed: int) -> tuple[list[float], dict[str, Any]]:
     """Seconds of every timed token, and the statistics of those tokens."""
     generator = torch.Generator().manual_seed(seed)
     size = model.config.get_text_config().vocab_size
     ids = torch.randint(3, size, (warmup + tokens, 1, 1), generator=generator)
-    seconds, past, before = [], None, snapshot(model)
+    seconds, past, before = [], None, dipnet.stats(model)
     for step, token in enumerate(ids):
         if step == warmup:
-            before = snapshot(model)
+            before = dipnet.stats(model)
         start = time.perf_counter()
         out = model(input_ids=token, past_key_values=past, use_cache=True)
         past = out.past_key_values
         int(out.logits[0, -1].argmax())
         seconds.append(time.perf_counter() - start)
-    return seconds[warmup:], difference(snapshot(model), before)
+    return seconds[warmup:], asdict(dipnet.stats(model).since(before))
 
 
 def main() -> None:
@@ -75,7 +60,7 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.5)
     parser.add_argument("--gamma", type=float, default=None, help="cache-aware masks")
     parser.add_argument("--memory", default="4GiB")
-    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--warmup", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)

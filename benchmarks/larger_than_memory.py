@@ -32,6 +32,7 @@ from timing import (
 )
 
 from dipnet.errors import InputError
+from dipnet.streaming.engine import DEPTH
 
 LLAMA, DENSE = "llama.cpp mmap", "dense streaming"
 DIP = {"DIP 50 %": (0.5, None), "DIP 50 %, γ 0.2": (0.5, 0.2), "DIP 35 %, γ 0.2": (0.35, 0.2)}
@@ -138,7 +139,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--warmup", type=int, default=16)
     parser.add_argument("--peer-tokens", type=int, default=6)
-    parser.add_argument("--depth", type=int, default=128)
+    parser.add_argument("--depth", type=int, default=DEPTH)
     parser.add_argument("--disk-seconds", type=float, default=2.0)
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds of one run")
     args = parser.parse_args()

@@ -54,9 +54,7 @@ def assert_same_bits(made: Tensor, expected: Tensor) -> None:
     assert torch.equal(made[kept].view(torch.int32), expected[kept].view(torch.int32))
 
 
-def check_bits(
-    rows: Tensor, scales: Tensor | None, x: Tensor, mask: Tensor, kind: str
-) -> Tensor:
+def check_bits(rows: Tensor, scales: Tensor | None, x: Tensor, mask: Tensor, kind: str) -> Tensor:
     made = gather_rows(rows, scales, x, mask, kind, "native")
     assert_same_bits(made, gather_rows(rows, scales, x, mask, kind, "reference"))
     return made
@@ -193,9 +191,8 @@ def test_rows_apart_are_left_to_the_reference() -> None:
 @pytest.mark.parametrize("inputs", [1, 100, 128, 130, 5120, 17920])
 @each_kind
 def test_a_row_is_as_long_as_a_column(kind: str, inputs: int) -> None:
-    assert columns.encode(torch.ones(inputs, 1), kind)[0].shape[1] == reference.row_bytes(
-        kind, inputs
-    )
+    stride = columns.encode(torch.ones(inputs, 1), kind)[0].shape[1]
+    assert stride == reference.row_bytes(kind, inputs)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -183,6 +184,25 @@ def test_two_models_of_one_store(stores: Stores) -> None:
             outputs = [model(torch.tensor([[token + 5]])).logits for model in models]
             assert torch.equal(*outputs)
     assert all(torch.equal(decode(model), expected) for model in models)
+
+
+def test_two_threads_on_one_model(stores: Stores) -> None:
+    """They take turns: neither sees the other's masks, activations or results."""
+    store = stores("llama", "int4")
+    expected = [load(store, METHOD)(torch.tensor([[token]])).logits for token in (5, 6)]
+    model = load(store, METHOD, share=0.3)
+    equal: dict[int, bool] = {}
+
+    def compute(at: int) -> None:
+        made = [model(torch.tensor([[5 + at]])).logits for _ in range(30)]
+        equal[at] = all(torch.equal(each, expected[at]) for each in made)
+
+    threads = [Thread(target=compute, args=(at,), daemon=True) for at in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert equal == {0: True, 1: True}
 
 
 SCRIPT = """

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 import dipnet
 from dipnet import _native
 from dipnet.cache.reference import Cache
+from dipnet.cache import make_cache
 from dipnet.errors import InputError
 from dipnet.methods.base import Method
 from dipnet.store.geometry import WEIGHTS, Weights
@@ -174,7 +175,7 @@ class _Slots(dipnet.CacheSettings):
         object.__setattr__(self, "slots", slots)
 
     def make(self, units: int) -> Any:
-        return dipnet.cache.make_cache(units, self.slots[units], self.policy)  # type: ignore[attr-defined]
+        return make_cache(units, self.slots[units], self.policy)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-biases", "phi3", "gemma3", "qwen3", "opt"])

@@ -83,9 +83,7 @@ def gather_rows(
     return chosen.gather_rows(rows, scales, x, mask, kind)
 
 
-def _check_rows(
-    rows: Tensor, scales: Tensor | None, x: Tensor, mask: Tensor, kind: str
-) -> None:
+def _check_rows(rows: Tensor, scales: Tensor | None, x: Tensor, mask: Tensor, kind: str) -> None:
     if kind not in ROW_KINDS:
         raise InputError(f"no kind {kind!r} of weights; there are: {', '.join(ROW_KINDS)}")
     if (scales is None) != (kind == "bf16"):
@@ -100,7 +98,9 @@ def _check_rows(
         )
     for name, given, dtype in (("scales", scales, torch.float32), ("mask", mask, torch.bool)):
         if given is not None and (given.dtype != dtype or given.shape != rows.shape[:1]):
-            raise InputError(f"{name} must be {dtype} of shape ({len(rows)},), not {_described(given)}")
+            raise InputError(
+                f"{name} must be {dtype} of shape ({len(rows)},), not {_described(given)}"
+            )
 
 
 def _described(tensor: Tensor) -> str:

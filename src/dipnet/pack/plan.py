@@ -28,7 +28,7 @@ from dipnet.units import ModelSpec
 
 Block = int | Literal["auto"]
 BLOCKS = (1, 2)
-"""What ``auto`` chooses from: two neurons cost 7 % of perplexity and save a quarter of the time, and
+"""What ``auto`` chooses from: two neurons cost 7 % of perplexity and save a quarter of the time;
 each doubling beyond that costs more than it saves (docs/results.md)."""
 WORTHWHILE_RECORD = 3584
 """Bytes of a record that ``auto`` asks for: of smaller ones, two make no worthwhile read either."""

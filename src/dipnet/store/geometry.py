@@ -20,6 +20,8 @@ SECTOR = 512
 """Records are whole sectors, so that they can be read past the page cache."""
 GROUP_ALIGNMENT = 4096
 CHECKSUM_BYTES = 8
+MAX_CHANNELS = 65536
+"""Of a group of integer weights: so many products of 255 and 127 still add up in 32 bits."""
 
 
 def round_up(size: int, multiple: int) -> int:

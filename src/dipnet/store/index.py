@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dipnet.errors import InputError
 from dipnet.store.geometry import (
     GROUP_ALIGNMENT,
+    MAX_CHANNELS,
     WEIGHTS,
     Weights,
     column_stride,
@@ -275,6 +276,8 @@ def _check_group(group: Group, weights: Weights) -> None:
         raise ValueError(f"{group.label}: blocks of {group.block} do not divide {group.channels}")
     if group.block != 1 and group.name != "mlp.hidden":
         raise ValueError(f"{group.label} cannot have blocks")
+    if weights != "bf16" and group.channels > MAX_CHANNELS:
+        raise ValueError(f"{group.label}: sums of more than {MAX_CHANNELS} channels overflow")
     if group.offset % GROUP_ALIGNMENT:
         raise ValueError(f"{group.label}: offset is no multiple of {GROUP_ALIGNMENT}")
     stride = column_stride(weights, padded_outputs(group.rows))

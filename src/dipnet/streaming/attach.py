@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial, wraps
+from threading import RLock
 from typing import Any, cast
 
 import torch
@@ -49,6 +51,7 @@ class Streamed:
             for group in engine.index.groups
         }
         self._looks_ahead = look_ahead
+        self._turn = RLock()
 
     def attach(self) -> None:
         """Replace the linear layers, and watch the calls."""
@@ -62,7 +65,8 @@ class Streamed:
         setattr(model, ATTACHED, self)
         self.recorder.watch(model)
         Calls(model, self.tokens, self.usage).watch()
-        model.get_decoder().forward = _on_one_thread(model.get_decoder().forward)
+        for module in (model, model.get_decoder()):
+            module.forward = _alone(module.forward, self._turn)
 
     def detach(self) -> None:
         """Undo is impossible: there are no dense weights to go back to."""
@@ -150,21 +154,23 @@ def _before_attention(
         ahead.with_input(norm(x.reshape(1, -1)))
 
 
-def _on_one_thread(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward function during which torch has one thread, however it ends.
+def _alone(forward: Callable[..., Any], turn: AbstractContextManager[Any]) -> Callable[..., Any]:
+    """A forward function that waits for its turn, and during which torch has one thread.
 
-    A token's operations outside our kernels are too small to share, and torch's threads would spin
-    on the cores that our own threads need. A hook would not see Ctrl-C: torch calls those of a
-    failed call for `Exception` only.
+    There is one engine and one state of the running call: two of the caller's threads would mix
+    theirs. A token's operations outside our kernels are too small to share, and torch's threads
+    would spin on the cores that our own threads need. Hooks would not do: after Ctrl-C torch does
+    not call them.
     """
 
     @wraps(forward)
     def alone(*args: Any, **kwargs: Any) -> Any:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            torch.set_num_threads(threads)
+        with turn:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                torch.set_num_threads(threads)
 
     return alone

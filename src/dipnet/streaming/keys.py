@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from dipnet.errors import InputError
+
 
 class ReservedLayer(DynamicLayer):
     """A layer's keys and values, appended in place while they fit into ``reserve`` tokens.
@@ -40,7 +42,7 @@ class ReservedLayer(DynamicLayer):
         room = self._rooms.get(name)
         if room is None or not _continues(room, held, new, length, end):
             batch, heads, _, size = new.shape
-            tokens = max(self.reserve, 2 * length, end)
+            tokens = max(self.reserve // batch, 2 * length if length else 0, end)
             room = self._rooms[name] = new.new_empty(batch, heads, tokens, size)
             if length:
                 room[:, :, :length] = held
@@ -54,13 +56,20 @@ def _continues(room: Tensor, held: Tensor, new: Tensor, length: int, end: int) -
     return fits and (not length or held.data_ptr() == room.data_ptr())
 
 
-def reserve_keys(decoder: nn.Module, reserve: int) -> None:
-    """Let the caches that ``decoder`` is called with keep room for ``reserve`` tokens."""
-    decoder.register_forward_pre_hook(partial(_reserve, reserve), with_kwargs=True)
+def reserve_keys(decoder: nn.Module, reserve: int, *, strict: bool) -> None:
+    """Let the caches that ``decoder`` is called with keep room for ``reserve`` tokens.
+
+    ``strict``: a call that needs more, over all sequences of its batch, raises InputError.
+    """
+    decoder.register_forward_pre_hook(partial(_reserve, reserve, strict), with_kwargs=True)
 
 
-def _reserve(reserve: int, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+def _reserve(
+    reserve: int, strict: bool, _module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> None:
     cache = kwargs.get("past_key_values")
+    if strict and kwargs.get("use_cache") is not False:
+        _check_room(reserve, cache, args, kwargs)
     if not isinstance(cache, DynamicCache) or cache.get_seq_length():
         return
     if cache.layer_class_to_replicate is DynamicLayer:
@@ -68,3 +77,17 @@ def _reserve(reserve: int, _module: nn.Module, _args: Any, kwargs: dict[str, Any
     for at, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and not layer.is_initialized:
             cache.layers[at] = ReservedLayer(reserve)
+
+
+def _check_room(reserve: int, cache: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    inputs = kwargs.get("input_ids", args[0] if args else None)
+    inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+    if inputs is None:  # the decoder itself says what is missing
+        return
+    batch, new = inputs.shape[:2]
+    length = new + (cache.get_seq_length() if cache is not None else 0)
+    if batch * length > reserve:
+        raise InputError(
+            f"{batch} x {length} tokens need more memory for keys and values than the {reserve} "
+            "tokens that the budget was divided for: load the model with a larger context"
+        )

@@ -130,12 +130,13 @@ class RecordGroup:
         """(..., channels) -> (..., rows), in pieces of `TOKENS` tokens."""
         flat = x.detach().reshape(-1, self.group.channels).float().contiguous()
         flags = self._flags(len(flat))
-        made = [
-            self._piece(flat[i : i + TOKENS], flags.part(i, i + TOKENS))
-            for i in range(0, len(flat), TOKENS)
-        ]
-        joined = made[0] if len(made) == 1 else torch.cat(made)
-        return joined.view(*x.shape[:-1], self.group.rows).to(x.dtype)
+        if len(flat) <= TOKENS:
+            made = self._piece(flat, flags)
+        else:  # filled piece by piece: a list of them and its concatenation would be twice that
+            made = torch.empty(len(flat), self.group.rows)
+            for i in range(0, len(flat), TOKENS):
+                made[i : i + TOKENS] = self._piece(flat[i : i + TOKENS], flags.part(i, i + TOKENS))
+        return made.view(*x.shape[:-1], self.group.rows).to(x.dtype)
 
     def _flags(self, count: int) -> Flags:
         """The flags of the call's tokens; the head may see only the last of them."""

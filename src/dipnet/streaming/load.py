@@ -91,7 +91,7 @@ def load(
     engine = Engine(folder, index, scales, slots, policy, reader)
     attached = Streamed(decoder, engine, chosen, prefill, look_ahead=look_ahead)
     attached.attach()
-    reserve_keys(model.get_decoder(), tokens)
+    reserve_keys(model.get_decoder(), tokens, strict="memory" in bounds)
     for group in index.groups:
         if slots[group.layer, group.name] == group.units:
             engine.hold(group.key)
@@ -119,15 +119,27 @@ def needs(index: Index, model: PreTrainedModel, reader: Reader, tokens: int) -> 
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    largest = max(TOKENS * (25 * g.outputs + 12 * g.rows + 16 * g.channels) for g in index.groups)
     return Needs(
         process=process_bytes(),
         peak=process_bytes("VmHWM"),
         pinned=pinned_bytes(index),
         frames=frames_size(index, reader),
         keys=2 * index.layers * heads * size * 4 * tokens,
-        work=largest,
+        work=_work(index, tokens),
     )
+
+
+def _work(index: Index, tokens: int) -> int:
+    """Bytes of sums, activations and bookkeeping, with a prompt of ``tokens``.
+
+    A piece of a prompt has sums of every class; the whole of it passes the MLP at once: gate, up,
+    their activation and product, and some vectors of the model's width. A unit costs about 70
+    bytes of tables, a channel 4 of its scale's copy.
+    """
+    piece = max(TOKENS * (25 * g.outputs + 12 * g.rows + 16 * g.channels) for g in index.groups)
+    reads = index.group(0, "mlp.in")
+    tables = sum(70 * group.units + 4 * group.channels for group in index.groups)
+    return piece + 4 * tokens * (2 * reads.rows + 8 * reads.channels) + tables
 
 
 def measured_needs(path: str | Path, context: int | None = None) -> Needs:
