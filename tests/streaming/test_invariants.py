@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 import dipnet
 from dipnet import _native
-from dipnet.cache.reference import Cache
 from dipnet.cache import make_cache
+from dipnet.cache.reference import Cache
 from dipnet.errors import InputError
 from dipnet.methods.base import Method
 from dipnet.store.geometry import WEIGHTS, Weights
