@@ -27,6 +27,7 @@ from transformers import (
 
 from dipnet.errors import InputError
 from dipnet.models.load import LoadedModel
+from dipnet.streaming.stats import process_bytes
 
 Write = Callable[[str], object]
 
@@ -176,6 +177,10 @@ def peak_memory(device: torch.device) -> int:
     """The most memory in bytes that was held so far: the GPU's, or this process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    # Linux lets ru_maxrss begin with what the parent held when it started this process.
+    held = process_bytes("VmHWM")
+    if held:
+        return held
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
