@@ -22,12 +22,6 @@ import torch
 import dipnet
 
 
-def peak_rss() -> int:
-    """VmHWM of this process in bytes."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-
 def method_of(args: argparse.Namespace) -> Any:
     """The method that the options ask for."""
     if args.method == "dense":
@@ -82,7 +76,7 @@ def main() -> None:
         "seconds_per_token": seconds,
         "median_seconds": statistics.median(seconds),
         "statistics": statistics_,
-        "peak_rss": peak_rss(),
+        "peak_rss": dipnet.stats(model).peak_memory,
     }
     print(json.dumps(result))
 

@@ -13,7 +13,7 @@ namespace {
 // Blocks of 32 bytes are four lanes of two words, the even and the odd one. The words of one lane
 // have factors that grow by 16 from block to block, so that instead of multiplying, each lane adds
 // up its words, and those sums again: in the second sum a word of block b of n is found n - b
-// times. One core, records of 20 KB in its cache: 23 GB/s, against 4 for products.
+// times.
 constexpr std::size_t kLanes = 4, kBlock = 32;
 typedef std::uint64_t Lanes __attribute__((vector_size(kBlock)));
 

@@ -112,7 +112,7 @@ void to_floats(const double* total, double unit, std::size_t n, float* y) {
 }
 
 // The loops below have no branch and no bool, and compare sizes as the integers that their bits are:
-// so the compiler vectorises them (17920 channels: 23 us instead of 330) without reordering floats.
+// so the compiler vectorises them without reordering floats.
 inline std::uint32_t kept_bits(const bool* keep, std::size_t i) {  // all ones or none
   return 0u - reinterpret_cast<const std::uint8_t*>(keep)[i];
 }

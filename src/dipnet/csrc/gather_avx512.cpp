@@ -66,7 +66,7 @@ struct Interleaved {
 };
 
 // The hardware fetches ahead within a page only, and a pass reads 2 KiB from each of 16 columns: the
-// next pass's share is asked for here (measured: 1.5 times the speed from memory).
+// next pass's share is asked for here.
 DIPNET_TARGET
 inline Interleaved interleave(const Columns& from, std::size_t quad, std::size_t byte) {
   const std::uint8_t* const* const columns = from.weights + 4 * quad;

@@ -26,8 +26,7 @@ struct Columns {
 // Sums of a chunk. A weight's value is its stored number less an offset; an instruction set may leave
 // the offset's share in `sum` and collect it once for each group in `excess`. Of a byte with two
 // nibbles, the sum of the low one's output is that of the whole byte, and the sum of the high one's
-// output that of 16 times the nibble: masking once instead of twice, and not shifting, saves a third
-// of the instructions.
+// output that of 16 times the nibble: that masks once instead of twice and shifts nothing.
 // Both begin at the chunk's first output; `excess` has room for a multiple of 8 groups.
 struct Sums {
   std::int32_t* sum;

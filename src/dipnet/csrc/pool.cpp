@@ -11,7 +11,7 @@ namespace {
 
 constexpr std::uint64_t kTaskBits = 32;
 constexpr std::uint64_t kClosed = std::numeric_limits<std::uint32_t>::max();
-// About 50 us on the machines we measured: longer than what torch does between two of our calls,
+// Some tens of microseconds: longer than what torch does between two of our calls,
 // so that a decoding model does not pay for waking a thread some 200 times a token.
 constexpr int kSpins = 2000;
 

@@ -1,8 +1,7 @@
 """Keys and values in memory that is set aside once.
 
 transformers' own cache grows by concatenation: every token copies all keys and values, and what is
-freed in between is not all used again. With the shapes of a model of 40 layers, 10 heads of 128,
-400 tokens took 207 MiB for 156 MiB of keys and values.
+freed in between is not all used again.
 """
 
 from __future__ import annotations

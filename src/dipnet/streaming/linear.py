@@ -129,7 +129,7 @@ class RecordGroup:
     def product(self, x: Tensor) -> Tensor:
         """(..., channels) -> (..., rows), in pieces of `TOKENS` tokens."""
         flat = x.detach().reshape(-1, self.group.channels).float().contiguous()
-        flags = self._flags(len(flat))
+        flags = self._flags()
         if len(flat) <= TOKENS:
             made = self._piece(flat, flags)
         else:  # filled piece by piece: a list of them and its concatenation would be twice that
@@ -138,13 +138,11 @@ class RecordGroup:
                 made[i : i + TOKENS] = self._piece(flat[i : i + TOKENS], flags.part(i, i + TOKENS))
         return made.view(*x.shape[:-1], self.group.rows).to(x.dtype)
 
-    def _flags(self, count: int) -> Flags:
+    def _flags(self) -> Flags:
         """The flags of the call's tokens; the head may see only the last of them."""
         if self.masks is None:
             return Flags(None, None)
         dense, counted = self.tokens.dense, self.tokens.counted
-        if self.tokens.all_dense:
-            return Flags(torch.ones(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool))
         return Flags(*(None if f is None else f.reshape(-1) for f in (dense, counted)))
 
     def _piece(self, x: Tensor, flags: Flags) -> Tensor:
@@ -155,10 +153,11 @@ class RecordGroup:
         return self.engine.finish(self.key, len(x))
 
     def _masks(self, x: Tensor, flags: Flags) -> Tensor:
-        if self.masks is not None:
-            return self.masks(x, flags)
         wanted = self._all[: len(x)]
-        self.engine.access(self.key, wanted[0].numpy())
+        if self.masks is None:
+            self.engine.access(self.key, wanted[0].numpy())
+        elif not self.tokens.all_dense:  # else nothing is decided or counted, as under `sparsify`
+            return self.masks(x, flags)
         return wanted
 
 
