@@ -22,6 +22,7 @@ from dipnet.methods.base import Method
 from dipnet.models.caching import SiteCache, check_not_recomputed
 from dipnet.models.calls import Calls
 from dipnet.models.families import Decoder
+from dipnet.models.masks import SiteMasks
 from dipnet.models.tokens import Prefill, TokenState
 from dipnet.models.usage import Usage
 from dipnet.units import Site
@@ -216,10 +217,8 @@ class SiteMask:
         cache: SiteCache | None = None,
     ) -> None:
         self.site = site
-        self.cache = cache
-        self.method = method
+        self.masks = SiteMasks(site, method, usage, cache)
         self.tokens = tokens
-        self.usage = usage
         self.scored: Tensor | None = None
 
     def __call__(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
@@ -240,25 +239,17 @@ class SiteMask:
         scored = x if self.site.scored_on in ("input", "hidden") else self.scored
         self.scored = None
         assert scored is not None, "the scored activation is computed before its site"
-        mask = self._select(self.method.score(self.site, scored))
-        if self.tokens.running:
-            self.usage.count_units(self.site, mask, self._per_token(self.tokens.counted, mask))
-        dense = self._per_token(self.tokens.dense, mask)
-        if dense is not None:
-            mask = mask | dense.unsqueeze(-1)
+        if self.masks.cache is not None:
+            check_not_recomputed(self.tokens.running)
+        mask = self.masks.decide(
+            scored,
+            dense=self._per_token(self.tokens.dense, scored),
+            counted=self._per_token(self.tokens.counted, scored),
+            count=self.tokens.running,
+        )
         return x * (mask if self.site.block == 1 else mask.repeat_interleave(self.site.block, -1))
 
-    def _select(self, scores: Tensor) -> Tensor:
-        """(..., units) -> (..., units): the method's mask, with the site's cache if it has one."""
-        if self.cache is None:
-            return self.method.select(self.site, scores)
-        check_not_recomputed(self.tokens.running)
-        counted = self._per_token(self.tokens.counted, scores)
-        mask, hits = self.cache.select(scores, counted)
-        self.usage.count_hits(self.site, hits)
-        return mask
-
     @staticmethod
-    def _per_token(flags: Tensor | None, mask: Tensor) -> Tensor | None:
-        """(batch, tokens) flags in the leading shape of ``mask``: OPT flattens the two."""
-        return None if flags is None else flags.reshape(mask.shape[:-1]).to(mask.device)
+    def _per_token(flags: Tensor | None, x: Tensor) -> Tensor | None:
+        """(batch, tokens) flags in the leading shape of ``x``: OPT flattens the two."""
+        return None if flags is None else flags.reshape(x.shape[:-1]).to(x.device)

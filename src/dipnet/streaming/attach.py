@@ -77,7 +77,7 @@ class Streamed:
         if site is None:
             return None
         cache = SiteCache(site, self.method, EngineCache(self.engine, key))
-        return Masks(site, self.method, self.tokens, self.usage, cache, self.seconds)
+        return Masks(site, self.method, self.usage, cache, self.seconds)
 
     def _group(self, layer: int, matrix: str) -> RecordGroup:
         return next(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dipnet.methods.base import Method
 from dipnet.models.caching import SiteCache
+from dipnet.models.masks import SiteMasks
 from dipnet.models.tokens import TokenState
 from dipnet.models.usage import Usage
 from dipnet.store.index import Group
@@ -51,33 +52,27 @@ class EngineCache:
         return self._engine.access(self._key, wanted)
 
 
-@dataclass
-class Masks:
-    """Decides the masks of one site: the method's, with the engine's cache."""
+class Masks(SiteMasks):
+    """Decides the masks of one site with the engine's cache, and takes the time."""
 
-    site: Site
-    method: Method
-    tokens: TokenState
-    usage: Usage
-    cache: SiteCache
-    seconds: Seconds
+    def __init__(
+        self, site: Site, method: Method, usage: Usage, cache: SiteCache, seconds: Seconds
+    ) -> None:
+        super().__init__(site, method, usage, cache)
+        self.units = cache.cache
+        self.seconds = seconds
 
     def __call__(self, x: Tensor, flags: Flags) -> Tensor:
         """(tokens, channels) -> (tokens, units) bool."""
         begun = time.perf_counter()
-        scores = self.method.score(self.site, x)
-        mask, hits = self.cache.select(scores, flags.counted)
-        self.usage.count_units(self.site, mask, flags.counted)
-        self.usage.count_hits(self.site, hits)
-        if flags.dense is not None:
-            mask = mask | flags.dense.unsqueeze(-1)
+        mask = self.decide(x, dense=flags.dense, counted=flags.counted)
         self.seconds.selection += time.perf_counter() - begun
         return mask
 
     def guess(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(1, channels) -> the (units,) mask and scores that ``x`` would give; nothing is kept."""
         scores = self.method.score(self.site, x)[0]
-        resident = torch.from_numpy(self.cache.cache.resident.copy())
+        resident = torch.from_numpy(self.units.resident.copy())
         return self.method.select(self.site, scores, resident), scores
 
 
