@@ -120,8 +120,10 @@ void Engine::begin(std::size_t site, const float* x, const bool* masks, std::siz
   }
   s.totals.bookkeeping += seconds_since(begun);
   if (s.layout.kind == Kind::bf16) return;
-  for (std::size_t i = 0; i < here.size(); i += kHeld) {
-    multiply(here.data() + i, std::min(kHeld, here.size() - i));
+  for (std::size_t i = 0; i < here.size();) {
+    const std::size_t count = std::min(missing_ > 0 ? kHeld : here.size(), here.size() - i);
+    multiply(here.data() + i, count);
+    i += count;
     if (missing_ > 0) reap(false);  // the disk gets its next reads meanwhile
   }
   for (const std::int32_t u : here) wanted_[u] = 0;

@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <chrono>
 #include <limits>
 
 #if defined(__x86_64__)
@@ -11,9 +12,10 @@ namespace {
 
 constexpr std::uint64_t kTaskBits = 32;
 constexpr std::uint64_t kClosed = std::numeric_limits<std::uint32_t>::max();
-// Some tens of microseconds: longer than what torch does between two of our calls,
-// so that a decoding model does not pay for waking a thread some 200 times a token.
-constexpr int kSpins = 2000;
+// Longer than what torch does between two of our calls: waking a thread some 200 times a token costs
+// a quarter of it, and on a virtual machine a processor that sleeps may be given away.
+constexpr auto kAwake = std::chrono::milliseconds(3);
+constexpr int kSpins = 256;  // between two looks at the clock
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -73,8 +75,10 @@ void Pool::serve() {
   std::uint32_t seen = epoch_.load();
   while (!stopping_) {  // asked first: a pool may be gone before its threads have begun
     while (take()) {}
-    for (int spin = 0; spin < kSpins && epoch_.load(std::memory_order_relaxed) == seen; ++spin) {
-      pause();
+    const auto until = std::chrono::steady_clock::now() + kAwake;
+    const auto idle = [&] { return epoch_.load(std::memory_order_relaxed) == seen; };
+    while (idle() && std::chrono::steady_clock::now() < until) {
+      for (int spin = 0; spin < kSpins && idle(); ++spin) pause();
     }
     epoch_.wait(seen);
     seen = epoch_.load();
