@@ -115,7 +115,7 @@ void test_sums(Kind kind, std::size_t outputs, std::size_t count) {
     first = last;
   }
   std::vector<float> y(outputs - 1);
-  finish(kind, x, total, 0, y.size(), y.data());
+  finish(kind, x, &total, 1, 0, y.size(), y.data());
   check(kind, outputs, terms, x, y);
 }
 
@@ -133,7 +133,7 @@ void test_no_overflow(Kind kind) {
   total.reset(kind, kTile, x.classes);
   accumulate(kind, kTile, terms.data(), terms.size(), x, total, 0, kTile);
   std::vector<float> y(kTile);
-  finish(kind, x, total, 0, kTile, y.data());
+  finish(kind, x, &total, 1, 0, kTile, y.data());
   const double most = kMostTerms * 127.0 * (kind == Kind::int4 ? 7 : 127);
   for (const float sum : y) CHECK(sum == static_cast<float>(most));
 }

@@ -172,7 +172,23 @@ void Cache::reset() {
   std::fill(resident_.begin(), resident_.end(), 0);
 }
 
+DIPNET_SIMD
+std::size_t count_wanted(const std::uint8_t* wanted, std::size_t n) {
+  constexpr std::size_t kBlock = 128;  // what a byte can count
+  std::size_t total = 0;
+  for (std::size_t start = 0; start < n; start += kBlock) {
+    std::uint8_t count = 0;
+    for (std::size_t i = start; i < std::min(n, start + kBlock); ++i) count += wanted[i];
+    total += count;
+  }
+  return total;
+}
+
 Access Cache::access(const bool* wanted) {
+  if (used_ == units()) {  // there is nothing to evict any more, and no priority matters
+    misses_ = 0;
+    return {count_wanted(bytes(wanted), units()), 0, 0};
+  }
   ++clock_;
   if (policy_ == Policy::kLru) {
     touch_recent(bytes(wanted), priority_.data(), units(), clock_);

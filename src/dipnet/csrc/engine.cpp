@@ -113,12 +113,15 @@ void Engine::begin(std::size_t site, const float* x, const bool* masks, std::siz
   if (idle < kLongIdle) idle_[site] += kNewest * (idle - idle_[site]);
   running_ = true;
   plan_reads();
-  set_activations(x);
-  std::vector<std::int32_t> here;
+  std::vector<std::int32_t> here(units);
+  std::size_t found = 0;
   for (std::size_t u = 0; u < units; ++u) {
-    if (wanted_[u] && s.in_memory(u)) here.push_back(static_cast<std::int32_t>(u));
+    here[found] = static_cast<std::int32_t>(u);
+    found += wanted_[u] && s.in_memory(u);
   }
+  here.resize(found);
   s.totals.bookkeeping += seconds_since(begun);
+  set_activations(x);
   if (s.layout.kind == Kind::bf16) return;
   for (std::size_t i = 0; i < here.size();) {
     const std::size_t count = std::min(missing_ > 0 ? kHeld : here.size(), here.size() - i);
@@ -178,6 +181,7 @@ void Engine::plan_reads() {
   queue_.clear();
   ready_.clear();
   queued_ = missing_ = 0;
+  if (s.complete()) return;
   drop_stale_guesses();
   for (std::size_t u = 0; u < wanted_.size(); ++u) {
     if (!wanted_[u] || s.in_memory(u)) continue;

@@ -107,6 +107,9 @@ class Engine {
   void set_activations(const float* x);
   void multiply(const std::int32_t* units, std::size_t count);
   void multiply_part(const std::int32_t* units, std::size_t count);
+  void share_outputs();
+  void share_columns();
+  std::size_t parts() const;
   void sort_terms(std::size_t token, const std::int32_t* units, std::size_t count,
                   std::vector<Term>& terms) const;
   void write(float* y);
@@ -131,7 +134,7 @@ class Engine {
   std::vector<Activations> activations_;  // (tokens)
   std::vector<std::uint8_t> masks_;       // (tokens, units)
   std::vector<std::uint8_t> wanted_;      // (units) by any token, and not multiplied yet
-  std::vector<Totals> totals_;            // (tokens)
+  std::vector<Totals> totals_;            // (tokens), or (parts) of a single token
   std::vector<Piece> queue_;              // to be read, in the order of the file
   std::size_t queued_ = 0;                // of them already under way
   std::size_t missing_ = 0;               // records that have not been multiplied yet

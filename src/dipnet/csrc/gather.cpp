@@ -239,10 +239,10 @@ void accumulate(Kind kind, std::size_t outputs, const Term* terms, std::size_t c
   }
 }
 
-void finish(Kind kind, const Activations& activations, const Totals& totals, std::size_t first,
-            std::size_t last, float* y) {
+void finish(Kind kind, const Activations& activations, const Totals* parts, std::size_t count,
+            std::size_t first, std::size_t last, float* y) {
   if (kind == Kind::bf16) {
-    std::copy(totals.floats() + first, totals.floats() + last, y + first);
+    std::copy(parts->floats() + first, parts->floats() + last, y + first);
     return;
   }
   const double unit = static_cast<double>(activations.bound) / 127.0;
@@ -251,7 +251,9 @@ void finish(Kind kind, const Activations& activations, const Totals& totals, std
   for (std::size_t chunk = first; chunk < last; chunk += kChunk) {
     const std::size_t n = std::min(kChunk, last - chunk);
     std::fill_n(total, kChunk, 0.0);
-    for (std::size_t c = 0; c < kClasses; ++c) {
+    for (std::size_t part = 0; part < count * kClasses; ++part) {
+      const std::size_t c = part % kClasses;
+      const Totals& totals = parts[part / kClasses];
       if (!(activations.classes >> c & 1)) continue;
       add(totals.sums(c) + chunk, totals.excess(c) + chunk / kGroup,
           std::ldexp(1.0, -2 * static_cast<int>(c)), (n + kGroup - 1) / kGroup * kGroup, total);

@@ -68,10 +68,10 @@ void accumulate(Kind kind, std::size_t outputs, const Term* terms, std::size_t c
                 const Activations& activations, Totals& totals, std::size_t first,
                 std::size_t last);
 
-// y[first, last) = the totals in the activations' units; NaN all over when an activation was not
-// finite.
-void finish(Kind kind, const Activations& activations, const Totals& totals, std::size_t first,
-            std::size_t last, float* y);
+// y[first, last) = the sum of the parts in the activations' units; NaN all over when an activation
+// was not finite. Integer totals may come in parts, each of some of the columns; bf16 has one.
+void finish(Kind kind, const Activations& activations, const Totals* parts, std::size_t count,
+            std::size_t first, std::size_t last, float* y);
 
 // The instruction sets that this CPU has: "avx512", "avx2", "portable". Choosing another than the
 // best is for tests; an unknown or missing one throws std::invalid_argument.

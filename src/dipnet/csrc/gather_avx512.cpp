@@ -71,7 +71,7 @@ DIPNET_TARGET
 inline Interleaved interleave(const Columns& from, std::size_t quad, std::size_t byte) {
   const std::uint8_t* const* const columns = from.weights + 4 * quad;
   for (std::size_t i = 0; i < 4; ++i) {
-    _mm_prefetch(reinterpret_cast<const char*>(from.next[4 * quad + i] + byte), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(from.next[4 * quad + i] + byte), _MM_HINT_T0);
   }
   const __m512i a = _mm512_loadu_si512(columns[0] + byte);
   const __m512i b = _mm512_loadu_si512(columns[1] + byte);
@@ -133,7 +133,7 @@ void bf16(const Columns& columns, float* sums) {
     __m512 sum = _mm512_loadu_ps(sums + o);
     for (std::size_t k = 0; k < columns.count; ++k) {
       const auto* at = reinterpret_cast<const __m256i*>(columns.weights[k] + 2 * o);
-      _mm_prefetch(reinterpret_cast<const char*>(columns.next[k] + 2 * o), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(columns.next[k] + 2 * o), _MM_HINT_T0);
       const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(at)), 16);
       sum = _mm512_fmadd_ps(_mm512_set1_ps(columns.value[k]), _mm512_castsi512_ps(wide), sum);
     }

@@ -8,7 +8,7 @@
 
 namespace dipnet {
 
-constexpr std::size_t kChunk = 4096;  // outputs whose sums stay in the first-level cache
+constexpr std::size_t kChunk = 8192;  // outputs whose sums stay in the first-level cache
 constexpr std::size_t kGroups = kChunk / kGroup;
 constexpr std::size_t kPass = 16;  // columns added together: sums are loaded and stored once
 

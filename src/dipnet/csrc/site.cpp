@@ -42,13 +42,16 @@ Site::Site(const Layout& layout, std::vector<float> scale, std::size_t slots, Po
 
 void Site::put(std::int32_t unit, std::int32_t slot) {
   empty_slot(slot);
+  if (slot_with[unit] == kNone) ++present;
   slot_with[unit] = slot;
   unit_at[slot] = unit;
 }
 
 void Site::empty_slot(std::int32_t slot) {
-  if (unit_at[slot] != kNone) slot_with[unit_at[slot]] = kNone;
+  if (unit_at[slot] == kNone) return;
+  slot_with[unit_at[slot]] = kNone;
   unit_at[slot] = kNone;
+  --present;
 }
 
 }  // namespace dipnet

@@ -40,6 +40,7 @@ struct Site {
 
   std::uint8_t* slot(std::int32_t s) const { return memory.data() + s * layout.record_bytes; }
   bool in_memory(std::size_t unit) const { return slot_with[unit] != kNone; }
+  bool complete() const { return present == layout.units(); }  // every record is in memory
   void put(std::int32_t unit, std::int32_t slot);
   void empty_slot(std::int32_t slot);
 
@@ -48,6 +49,7 @@ struct Site {
   Cache cache;               // what the masks and the policy see
   Memory memory;
   // What is really there, which lags behind the cache while records arrive.
+  std::size_t present = 0;              // units in memory
   std::vector<std::int32_t> slot_with;  // (units)
   std::vector<std::int32_t> unit_at;    // (slots)
   std::vector<std::int32_t> frame_of;   // (units) read into a frame, arrived or not
