@@ -21,7 +21,16 @@ from transformers import PreTrainedModel
 import dipnet
 from dipnet.methods.base import Method
 from tests.families import FAMILIES, random_tokens, shared, tiny
-from tests.reference import Choice, PlainLayer, Rule, exceeding, install, top
+from tests.predicted import (
+    oracle_heads,
+    oracle_mlp,
+    predicted_heads,
+    predicted_mlp,
+    predictors,
+    random_heads,
+    random_mlp,
+)
+from tests.reference import Choice, HeadChoice, PlainLayer, Rule, exceeding, install, top
 
 CALIBRATION = random_tokens(96, seed=7)
 WINDOW = 24
@@ -78,6 +87,12 @@ def up(layer: PlainLayer, method: Any, x: Tensor) -> Tensor:
 
 def oracle(layer: PlainLayer, method: Any, x: Tensor) -> Tensor:
     kept = top(layer.uncounted().hidden(x).abs(), method.density)
+    return layer.apply("down", layer.hidden(x, outputs=kept), inputs=kept)
+
+
+def cett(layer: PlainLayer, method: Any, x: Tensor) -> Tensor:
+    output_norms = layer.uncounted().hidden(x).abs() * column_norms(layer, "down")
+    kept = top(output_norms, method.density)
     return layer.apply("down", layer.hidden(x, outputs=kept), inputs=kept)
 
 
@@ -155,11 +170,16 @@ def column_norms(layer: PlainLayer, *matrices: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """A method to test: ``mlp`` and ``attention`` are its reference in plain loops."""
+    """A method to test: ``mlp``, and ``attention`` or ``heads``, are its reference in plain loops.
+
+    ``predicted`` are options of the predictors that it needs.
+    """
 
     method: Method
     mlp: Rule
     attention: Choice = all_channels
+    heads: HeadChoice | None = None
+    predicted: dict[str, Any] | None = None
 
 
 METHODS = {
@@ -178,6 +198,26 @@ METHODS = {
     "wina": Case(dipnet.WINA(0.5, split=1.3, attention_density=0.7), wina, weighed_channels),
     "wanda": Case(dipnet.Wanda(0.6), wanda),
     "wanda-2:4": Case(dipnet.Wanda(0.5, "2:4"), wanda),
+    "cett": Case(dipnet.CETT(0.3), cett),
+    "dejavu": Case(
+        dipnet.DejaVu(0.4, 0.6),
+        predicted_mlp,
+        heads=predicted_heads,
+        predicted={"normalise": "rms"},
+    ),
+    "dejavu-heads": Case(
+        dipnet.DejaVu(head_density=0.4, look_ahead=2, dense_first=1),
+        predicted_mlp,
+        heads=predicted_heads,
+        predicted={"look_ahead": 2, "kinds": ("head",), "activation": "relu"},
+    ),
+    "dejavu-scores": Case(
+        dipnet.DejaVu(0.4, look_ahead=0, allocation="scores"),
+        predicted_mlp,
+        predicted={"look_ahead": 0, "kinds": ("mlp",)},
+    ),
+    "dejavu-oracle": Case(dipnet.DejaVuOracle(0.3, 0.6), oracle_mlp, heads=oracle_heads),
+    "random": Case(dipnet.RandomMasks(0.4, 0.6), random_mlp, heads=random_heads),
 }
 
 # --- the matrix ---
@@ -191,10 +231,18 @@ PAIRS = [
 every_pair = pytest.mark.parametrize(("family", "method"), PAIRS)
 
 
+def of_family(family: str, name: str) -> Method:
+    """The method, with predictors of the family's model where it needs some."""
+    case = METHODS[name]
+    if case.predicted is None:
+        return case.method
+    return dataclasses.replace(case.method, predictors=predictors(family, **case.predicted))
+
+
 @cache
 def calibrated(family: str, name: str) -> Method:
     """The method as the family's tiny model needs it."""
-    return dipnet.calibrate(shared(family), METHODS[name].method, CALIBRATION, window=WINDOW)
+    return dipnet.calibrate(shared(family), of_family(family, name), CALIBRATION, window=WINDOW)
 
 
 def sparse(
@@ -207,7 +255,7 @@ def sparse(
 def plain(family: str, name: str) -> tuple[PreTrainedModel, list[PlainLayer]]:
     """A fresh model of the family that computes the method by the reference's loops."""
     model, case = tiny(family), METHODS[name]
-    layers = install(model, calibrated(family, name), case.mlp, case.attention)
+    layers = install(model, calibrated(family, name), case.mlp, case.attention, case.heads)
     return model, layers
 
 

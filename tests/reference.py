@@ -24,6 +24,9 @@ Rule = Callable[["PlainLayer", Any, Tensor], Tensor]
 Choice = Callable[["PlainLayer", Any, str, Tensor], list[int]]
 """(layer, method, site, (n,) input of attention projections) -> the kept channels."""
 
+HeadChoice = Callable[["PlainLayer", Any, Tensor], list[int]]
+"""(layer, method, (n,) input of the output projection) -> the kept query heads."""
+
 MLP = ("gate", "up", "down")
 ATTENTION = ("q", "k", "v", "o")
 
@@ -52,6 +55,11 @@ class PlainLayer:
         self.weights: dict[str, Tensor] = {}
         self.biases: dict[str, Tensor | None] = {}
         self.read: Counter[str] = Counter()
+        self.stream: dict[int, Tensor] = {}
+        self.token = 0
+        heads = config.num_attention_heads
+        self.head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self.group = heads // (getattr(config, "num_key_value_heads", None) or heads)
         for module, matrices in linear_layers(layer, config).items():
             sizes = [rows for _, rows in matrices]
             parts = module.weight.detach().split(sizes)
@@ -93,6 +101,24 @@ class PlainLayer:
         """The MLP's output from the ``neurons`` of the full intermediate activation."""
         return self.apply("down", hidden[neurons], inputs=neurons)
 
+    def residual(self, place: int) -> Tensor:
+        """(d,) the residual stream of the token that is computed, at a place."""
+        return self.stream[place].reshape(-1, self.stream[place].shape[-1])[self.token]
+
+    @property
+    def position(self) -> int:
+        """The position of the token that is computed in its sequence; without padding."""
+        return self.token % self.stream[0].shape[1]
+
+    def attend(self, x: Tensor, heads: list[int]) -> Tensor:
+        """The output projection of some heads; their rows of q, k and v are counted, too."""
+        row, size = self.weights["q"].shape[1], self.head_size
+        self.read["q"] += len(heads) * size * row
+        for matrix in "kv":
+            self.read[matrix] += len({head // self.group for head in heads}) * size * row
+        kept = [head * size + i for head in heads for i in range(size)]
+        return self.apply("o", x[kept], inputs=kept)
+
     def uncounted(self) -> PlainLayer:
         """The same layer, whose reads go unseen."""
         other = copy.copy(self)
@@ -124,17 +150,32 @@ def linear_layers(layer: nn.Module, config: Any) -> dict[nn.Module, list[tuple[s
     return {**attention, at.o_proj: [("o", d)], **gated}
 
 
-def install(model: PreTrainedModel, method: Any, rule: Rule, choice: Choice) -> list[PlainLayer]:
-    """Let a model (a copy of one's own) compute its linear layers by the reference's loops."""
-    layers = []
+def install(
+    model: PreTrainedModel,
+    method: Any,
+    rule: Rule,
+    choice: Choice,
+    heads: HeadChoice | None = None,
+) -> list[PlainLayer]:
+    """Let a model (a copy of one's own) compute its linear layers by the reference's loops.
+
+    With ``heads``, attention is pruned by heads and ``choice`` is not asked.
+    """
+    layers: list[PlainLayer] = []
+    stream: dict[int, Tensor] = {}
     for number, layer in enumerate(model.get_decoder().layers):
         plain = PlainLayer(number, layer, model.config)
+        plain.stream = stream
         layers.append(plain)
+        _watch(layer, 2 * number, stream)
+        _watch(before_mlp(layer, model.config), 2 * number + 1, stream)
         for module, matrices in linear_layers(layer, model.config).items():
             names = [matrix for matrix, _ in matrices]
-            if names[0] in ATTENTION:
+            if names[0] in ATTENTION and heads is None:
                 module.forward = _projections(plain, method, choice, names)
-        mlp = _tokenwise(lambda x, plain=plain: rule(plain, method, x))
+            elif names == ["o"]:
+                module.forward = _attending(plain, method, heads)
+        mlp = _tokenwise(plain, lambda x, plain=plain: rule(plain, method, x))
         if plain.gated:
             layer.mlp.forward = mlp
         else:  # OPT's MLP is no module: its first two steps let the input through
@@ -150,15 +191,41 @@ def _projections(plain: PlainLayer, method: Any, choice: Choice, matrices: list[
         kept = choice(plain, method, site, x)
         return torch.cat([plain.apply(matrix, x[kept], inputs=kept) for matrix in matrices])
 
-    return _tokenwise(project)
+    return _tokenwise(plain, project)
 
 
-def _tokenwise(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _attending(plain: PlainLayer, method: Any, heads: HeadChoice) -> Any:
+    """q, k and v are computed for all by the model itself, and counted where they are used."""
+    return _tokenwise(plain, lambda x: plain.attend(x, heads(plain, method, x)))
+
+
+def _tokenwise(
+    plain: PlainLayer, function: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
     def loop(x: Tensor) -> Tensor:
-        outputs = [function(token) for token in x.flatten(0, -2)]
+        outputs = []
+        for number, token in enumerate(x.flatten(0, -2)):
+            plain.token = number
+            outputs.append(function(token))
         return torch.stack(outputs).unflatten(0, x.shape[:-1])
 
     return loop
+
+
+def _watch(module: nn.Module, place: int, stream: dict[int, Tensor]) -> None:
+    def keep(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        stream[place] = args[0] if args else kwargs["hidden_states"]
+
+    module.register_forward_pre_hook(keep, with_kwargs=True)
+
+
+def before_mlp(layer: nn.Module, config: Any) -> nn.Module:
+    """The module whose input is the residual stream in front of the MLP."""
+    if config.model_type == "opt":
+        return layer.final_layer_norm if config.do_layer_norm_before else layer.fc1
+    if config.model_type.startswith("gemma"):
+        return layer.pre_feedforward_layernorm
+    return layer.post_attention_layernorm
 
 
 # --- choosing ---

@@ -21,6 +21,7 @@ ORDER = [
     {"dipnet"},  # the lazy names in __init__.py
     {"methods"},
     {"store"},
+    {"sim"},
     {"models"},
     {"pack"},
     {"streaming"},
@@ -30,7 +31,7 @@ ORDER = [
     {"__main__"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
-NO_TORCH = {"errors", "units", "files", "registry", "cache", "dipnet"}
+NO_TORCH = {"errors", "units", "files", "registry", "cache", "dipnet", "sim"}
 NO_MODELS = NO_TORCH | {"kernels", "methods", "store"}
 
 MODULES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}

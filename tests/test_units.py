@@ -16,6 +16,7 @@ GATED = ModelSpec(
     activation="silu",
     matrices={**ATTENTION, "gate": (20, 8), "up": (20, 8), "down": (8, 20)},
     other_weights=100,
+    heads=3,
 )
 UNGATED = ModelSpec(
     family="toy",
@@ -23,6 +24,7 @@ UNGATED = ModelSpec(
     activation="relu",
     matrices={**ATTENTION, "up": (20, 8), "down": (8, 20)},
     other_weights=100,
+    heads=3,
 )
 
 

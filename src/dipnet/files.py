@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from dipnet.errors import InputError
 
@@ -17,7 +20,8 @@ def write_file(path: Path, content: str | bytes) -> None:
     """
     data = content.encode() if isinstance(content, str) else content
     try:
-        _replace(path, data)
+        with whole_file(path) as file:
+            file.write(data)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
 
@@ -41,12 +45,18 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def _replace(path: Path, data: bytes) -> None:
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which becomes ``path`` when all of it is there.
+
+    It has a temporary name in the same folder until then; an error or an interruption removes it
+    and leaves what ``path`` held before. Raises OSError when it cannot be made or kept.
+    """
     number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
         with open(number, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(_usual_mode())

@@ -23,6 +23,10 @@ METHODS = {
     "teal": "dipnet.methods.teal:TEAL",
     "wina": "dipnet.methods.wina:WINA",
     "wanda": "dipnet.methods.wanda:Wanda",
+    "cett": "dipnet.methods.cett:CETT",
+    "dejavu": "dipnet.methods.dejavu:DejaVu",
+    "dejavu-oracle": "dipnet.methods.dejavu_oracle:DejaVuOracle",
+    "random": "dipnet.methods.random:RandomMasks",
 }
 
 

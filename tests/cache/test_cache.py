@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import dipnet.cache
-from dipnet.cache import POLICIES, Cache, CacheSettings, check_integrity, make_cache, reference
+from dipnet.cache import (
+    POLICIES,
+    Cache,
+    CacheSettings,
+    CacheSlots,
+    check_integrity,
+    make_cache,
+    reference,
+)
 from dipnet.errors import BackendError, InputError
 
 each_backend = pytest.mark.parametrize("backend", ["reference", "native"])
@@ -183,6 +191,19 @@ def test_settings() -> None:
     cache = CacheSettings(0.5, "lfu").make(9)
     assert (cache.units, cache.slots) == (9, 4)
     assert CacheSettings(1).make(9).slots == 9
+
+
+def test_slots_of_each_site() -> None:
+    caches = CacheSlots({(0, "mlp.in"): 3, (0, "mlp.hidden"): 9}, "lfu")
+    made = caches.make(9, (0, "mlp.in"))
+    assert made is not None
+    assert (made.units, made.slots) == (9, 3)
+    assert caches.make(9, (0, "mlp.hidden")) is None  # all of it is in memory
+    assert caches.make(9, (1, "mlp.in")) is None
+    with pytest.raises(InputError, match="slots must be between 0 and units = 2, not 3"):
+        caches.make(2, (0, "mlp.in"))
+    with pytest.raises(InputError, match="unknown cache policy 'fifo'"):
+        CacheSlots({}, "fifo")
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, "0.5", True, float("nan"), None])

@@ -5,7 +5,16 @@ import torch
 
 import dipnet
 from tests.families import FAMILIES, random_tokens, shared
-from tests.matrix import CALIBRATION, METHODS, PAIRS, WINDOW, at_density_one, logits, sparse
+from tests.matrix import (
+    CALIBRATION,
+    METHODS,
+    PAIRS,
+    WINDOW,
+    at_density_one,
+    logits,
+    of_family,
+    sparse,
+)
 
 TOKENS = random_tokens(2, 9)
 # 2:4 fixes its density.
@@ -16,7 +25,7 @@ OPEN_PAIRS = [pair for pair in PAIRS if pair.values[1] != "wanda-2:4"]
 def test_logits_are_the_dense_models(family: str, method: str) -> None:
     model = shared(family)
     dense = logits(model, TOKENS)
-    whole = at_density_one(METHODS[method].method)
+    whole = at_density_one(of_family(family, method))
     fitted = dipnet.calibrate(model, whole, CALIBRATION, window=WINDOW)
     with dipnet.sparsify(model, fitted):
         assert torch.equal(logits(model, TOKENS), dense)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import dipnet
-from dipnet import DIP, WINA, CacheSettings
+from dipnet import DIP, WINA, CacheSettings, CacheSlots
 from dipnet.errors import InputError
 from tests.families import random_tokens, shared, tiny
 from tests.matrix import CLOSE, all_channels, column_norms, logits
@@ -106,6 +106,30 @@ def test_against_plain_loops(family: str, settings: CacheSettings, method: DIP) 
     read = sum(layer.read[matrix] for layer in layers for matrix in ("gate", "up", "down"))
     weights = sum(layer.weights[m].numel() for layer in layers for m in layer.weights if len(m) > 1)
     assert density.mlp == pytest.approx(read / weights / TOKENS.numel())
+
+
+def test_slots_are_a_sites_own() -> None:
+    """Given one by one they are what a share makes of them; a site without a cache has no hits."""
+    model, share = shared("llama"), CacheSettings(0.4)
+    with dipnet.sparsify(model, AWARE, cache=share):
+        expected, counts = logits(model, TOKENS), dipnet.usage(model).cache()
+        slots = {
+            key: share.make(site.units).slots for key, site in dipnet.usage(model).sites.items()
+        }
+    with dipnet.sparsify(model, AWARE, cache=CacheSlots(slots)):
+        assert torch.equal(logits(model, TOKENS), expected)
+        assert dipnet.usage(model).cache() == counts
+    with dipnet.sparsify(model, AWARE, cache=CacheSlots({(0, "mlp.in"): 1})):
+        logits(model, TOKENS)
+        assert set(dipnet.usage(model).cache().hits) == {"0.mlp.in"}
+
+
+def test_with_all_in_memory_there_is_nothing_to_prefer() -> None:
+    plain = DIP(input_density=0.5, hidden_density=0.25)
+    with dipnet.sparsify(shared("llama"), plain) as model:
+        expected = logits(model, TOKENS)
+    with dipnet.sparsify(shared("llama"), AWARE, cache=CacheSlots({})) as model:
+        assert torch.equal(logits(model, TOKENS), expected)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 import dipnet
 from dipnet import _native
-from dipnet.cache import make_cache
+from dipnet.cache import CacheSlots
 from dipnet.cache.reference import Cache
 from dipnet.errors import InputError
 from dipnet.methods.base import Method
@@ -167,34 +167,19 @@ def test_the_cache_is_the_references(
         assert totals["misses"] == sum(found[1] for _, found, _ in accesses)
 
 
-class _Slots(dipnet.CacheSettings):
-    """Caches of the sizes that an engine has."""
-
-    def __init__(self, slots: dict[int, int], policy: str) -> None:
-        super().__init__(1.0, policy)
-        object.__setattr__(self, "slots", slots)
-
-    def make(self, units: int) -> Any:
-        return make_cache(units, self.slots[units], self.policy)
-
-
 @pytest.mark.parametrize("family", ["llama", "llama-biases", "phi3", "gemma3", "qwen3", "opt"])
 @pytest.mark.parametrize("method", [AWARE, dipnet.DIP(0.6)], ids=["aware", "plain"])
 def test_the_same_as_sparsify(stores: Stores, family: str, method: Method) -> None:
     """bf16 multiplies as torch does, so that masks, hits and densities are the same."""
     model = load(stores(family, "bf16"), method, share=0.5, policy="lfu")
     found = decode(model)
-    engine = attachment(model).engine
-    sizes = {
-        engine.index.group(0, name).units: engine.slots[0, name]
-        for name in ("mlp.in", "mlp.hidden")
-    }
+    slots = attachment(model).engine.slots
     dense = shared(family, torch.float32)
     rounded = type(dense)(dense.config).eval()
     rounded.load_state_dict(
         {n: v.bfloat16().float() if v.dim() > 1 else v for n, v in dense.state_dict().items()}
     )
-    with dipnet.sparsify(rounded, method, cache=_Slots(sizes, "lfu")) as sparse:
+    with dipnet.sparsify(rounded, method, cache=CacheSlots(slots, "lfu")) as sparse:
         expected = decode(sparse)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
         assert dipnet.usage(model).cache() == dipnet.usage(sparse).cache()

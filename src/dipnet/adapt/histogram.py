@@ -38,6 +38,15 @@ class ScoreHistogram:
         low, high = _edge(bin_above), _edge(bin_above + 1)
         return 0.0 if bin_above == 0 else high - (high - low) * past / inside
 
+    def share(self, threshold: float) -> float:
+        """The share of all scores that exceeds ``threshold``, linear within its bin."""
+        value = torch.tensor(max(0.0, threshold), dtype=torch.float32)
+        number = int(value.view(torch.int32)) >> SHIFT
+        low, high = _edge(number), _edge(number + 1)
+        inside = float(self.counts[number]) * (high - threshold) / (high - low)
+        total = int(self.counts.sum())
+        return min(1.0, (int(self.counts[number + 1 :].sum()) + inside) / total)
+
 
 def _edge(number: int) -> float:
     """The smallest float of a bin."""

@@ -7,6 +7,7 @@ what is made, or `BackendError` is raised; only "auto" chooses.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -84,9 +85,29 @@ class CacheSettings:
             )
         check_policy(self.policy)
 
-    def make(self, units: int) -> Cache:
+    def make(self, units: int, _site: tuple[int, str] | None = None) -> Cache:
         """The empty cache of a site of so many units."""
         return make_cache(units, round(self.share * units), self.policy)
+
+
+@dataclass(frozen=True)
+class CacheSlots:
+    """The slots of each site's cache, by (layer, name), and what it evicts.
+
+    A site with a slot for every unit needs no cache, and neither does one that is not named: all of
+    it is in memory. Raises InputError for an unknown policy.
+    """
+
+    slots: Mapping[tuple[int, str], int]
+    policy: str = "lru"
+
+    def __post_init__(self) -> None:
+        check_policy(self.policy)
+
+    def make(self, units: int, site: tuple[int, str]) -> Cache | None:
+        """The empty cache of a site of so many units; None where all are in memory."""
+        slots = self.slots.get(site, units)
+        return None if slots == units else make_cache(units, slots, self.policy)
 
 
 def make_cache(units: int, slots: int, policy: str = "lru", backend: str = "auto") -> Cache:

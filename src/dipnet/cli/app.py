@@ -18,7 +18,9 @@ from dipnet.cli.fit import fit_split
 from dipnet.cli.info import info
 from dipnet.cli.options import FLAG
 from dipnet.cli.pack import pack
+from dipnet.cli.probe import probe
 from dipnet.cli.run import run
+from dipnet.cli.simulate import simulate
 from dipnet.errors import DipnetError
 
 ABOUT = (
@@ -117,6 +119,8 @@ app.command("info", cls=Command)(info)
 app.command("pack", cls=Command)(pack)
 app.command("check", cls=Command)(check)
 app.command("fit-split", cls=Command)(fit_split)
+app.command("simulate", cls=Command)(simulate)
+app.command("probe", cls=Command)(probe)
 app.command("demo", cls=Command)(demo)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,8 +12,6 @@ from dipnet.cli.console import json_text, note, print_json, quiet_libraries
 from dipnet.cli.inputs import (
     calibration_text,
     calibration_tokens,
-    check_window,
-    is_bundled,
     load,
     split_tokens,
     tokens_of,
@@ -32,8 +28,23 @@ from dipnet.cli.options import (
     Seed,
     Window,
 )
-from dipnet.cli.streamed import Memory, Streaming, Weights, shapes_of, source_of
+from dipnet.cli.streamed import Memory, Streaming, Weights, shapes_of
 from dipnet.cli.sweeping import measure, measure_store, needs_calibration, plan_jobs, show
+from dipnet.cli.texts import (
+    Bos,
+    BosOption,
+    Column,
+    Dataset,
+    DatasetConfig,
+    DatasetSplit,
+    Source,
+    Stride,
+    TextFile,
+    Windows,
+    measured_text,
+    setting_of,
+)
+from dipnet.cli.tracing import Trace, TraceScores, Tracing
 from dipnet.errors import InputError
 from dipnet.files import check_writable, make_folder, write_file
 from dipnet.units import check_density
@@ -41,52 +52,19 @@ from dipnet.units import check_density
 if TYPE_CHECKING:
     from dipnet.cache import CacheSettings
     from dipnet.eval.report import Report
-    from dipnet.eval.sweep import Setting
-    from dipnet.eval.texts import Text
-    from dipnet.models.load import LoadedModel
 
 DENSITIES = (0.8, 0.67, 0.5, 0.4, 0.3)
 JSON_NAME = "eval.json"
 PLOT_NAME = "perplexity.png"
 
 
-class Bos(StrEnum):
-    """Whether each window begins with the BOS token."""
-
-    AUTO = "auto"
-    ON = "on"
-    OFF = "off"
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the text comes from: a file, a dataset, or neither for the bundled one."""
-
-    file: Path | None
-    dataset: str | None
-    config: str | None
-    split: str | None
-    column: str | None
-
-
 def evaluate(
     model: Model = None,
-    text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Text to measure on", show_default=False)
-    ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(help="Or a dataset: hub id or local folder", show_default=False),
-    ] = None,
-    dataset_config: Annotated[
-        str | None, typer.Option(help="Its configuration", show_default=False)
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Its split; default: test", show_default=False)
-    ] = None,
-    column: Annotated[
-        str | None, typer.Option(help="Its column; default: text", show_default=False)
-    ] = None,
+    text: TextFile = None,
+    dataset: Dataset = None,
+    dataset_config: DatasetConfig = None,
+    split: DatasetSplit = None,
+    column: Column = None,
     method: Annotated[
         list[str] | None,
         typer.Option(help=f"{METHOD_HELP}; repeatable; default: dip", show_default=False),
@@ -102,17 +80,10 @@ def evaluate(
         ),
     ] = None,
     window: Window = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens between windows; default: no overlap", show_default=False),
-    ] = None,
-    windows: Annotated[
-        int | None, typer.Option(min=1, help="Measure the first so many", show_default=False)
-    ] = None,
+    stride: Stride = None,
+    windows: Windows = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time")] = 1,
-    bos: Annotated[
-        Bos, typer.Option(help="Begin windows with BOS; auto: as the tokenizer does")
-    ] = Bos.AUTO,
+    bos: BosOption = Bos.AUTO,
     dense_prompt: Annotated[
         int, typer.Option(min=0, help="Leading tokens of a window that stay dense and unscored")
     ] = 0,
@@ -139,6 +110,8 @@ def evaluate(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    trace: Trace = None,
+    trace_scores: TraceScores = False,
     json: Json = False,
     plot: Annotated[
         Path | None,
@@ -162,8 +135,10 @@ def evaluate(
     Example: dipnet eval qwen3.dipnet --text test.txt --density 0.5 --memory 1GiB
     """
     _check_outputs(plot, out)
+    tracing = Tracing(trace, trace_scores)
     requests = [parse_method(name) for name in unique(method or ["dip"])]
     densities = _densities(requests, density)
+    tracing.check(requests, densities)
     _check_split(requests, fit_split)
     quiet_libraries()
     streaming = Streaming(memory, cache, cache_policy, weights=weights)
@@ -176,27 +151,27 @@ def evaluate(
     from dipnet.eval.report import Report
     from dipnet.eval.texts import read_text
 
-    content = _text(model, Source(text, dataset, dataset_config, split, column))
+    content = measured_text(model, Source(text, dataset, dataset_config, split, column))
     calibrate_on = calibration_text(model, calibration)
     fit_on = read_text(fit_split) if fit_split else None
     store = streaming.open(model) if streams else None
     loaded = shapes_of(store) if store else load(model, device, dtype)
-    setting = _setting(loaded, window, stride, dense_prompt, bos, batch_size, caching)
+    setting = setting_of(loaded, window, stride, dense_prompt, bos, batch_size, caching)
     measured = tokens_of(loaded, content)
     used = setting.first(measured.tokens, windows)
-    jobs = plan_jobs(loaded, requests, densities)
+    jobs = tracing.jobs(plan_jobs(loaded, requests, densities), loaded.name)
     set_seed(seed)
     if store:
         held = streaming.setting(store, setting.window)
         rows = measure_store(store, jobs, used, setting, held)
         windows_used = setting.count(used)
         report = Report(loaded, measured, setting, windows_used, seed, rows, held=held)
-        return _deliver(report, json=json, plot=plot, folder=out)
+        return _deliver(report, json=json, plot=plot, folder=out, trace=trace)
     fitted_on = calibration_tokens(loaded, calibrate_on) if needs_calibration(jobs) else None
     split_on = split_tokens(loaded, fit_on, setting.window) if fit_on else None
     rows = measure(loaded, jobs, used, setting, fitted_on, split_on)
     report = Report(loaded, measured, setting, setting.count(used), seed, rows, fitted_on, split_on)
-    _deliver(report, json=json, plot=plot, folder=out)
+    _deliver(report, json=json, plot=plot, folder=out, trace=trace)
 
 
 def _check_outputs(plot: Path | None, folder: Path | None) -> None:
@@ -268,58 +243,18 @@ def _check_streaming(
             )
 
 
-def _setting(
-    loaded: LoadedModel,
-    window: int | None,
-    stride: int | None,
-    dense_prompt: int,
-    bos: Bos,
-    batch_size: int,
-    cache: CacheSettings | None,
-) -> Setting:
-    from dipnet.eval.sweep import Setting
-    from dipnet.eval.texts import bos_token
-
-    tokens = check_window(loaded, window)
-    token = bos_token(loaded.tokenizer, bos.value)
-    return Setting(tokens, stride or tokens, dense_prompt, token, batch_size, cache)
-
-
-def _text(model: str | None, source: Source) -> Text:
-    """The text to measure on."""
-    from dipnet.eval.texts import bundled_text, read_text
-    from dipnet.models.load import check_name
-
-    if source.file and source.dataset:
-        raise InputError("give either --text or --dataset, not both")
-    if source.dataset:
-        return _dataset_text(source.dataset, source)
-    if source.config or source.split or source.column:
-        raise InputError("--dataset-config, --split and --column go with --dataset: give that")
-    if source.file:
-        return read_text(source.file)
-    if model is None or is_bundled(source_of(model)):
-        return bundled_text("heldout")
-    check_name(model)
-    raise InputError(f"what shall {model!r} be measured on? give --text or --dataset")
-
-
-def _dataset_text(name: str, source: Source) -> Text:
-    from dipnet.eval.texts import dataset_text
-
-    return dataset_text(
-        name, config=source.config, split=source.split or "test", column=source.column or "text"
-    )
-
-
-def _deliver(report: Report, *, json: bool, plot: Path | None, folder: Path | None) -> None:
-    """Show the report, and write the files that were asked for."""
+def _deliver(
+    report: Report, *, json: bool, plot: Path | None, folder: Path | None, trace: Path | None
+) -> None:
+    """Show the report, and write the files that were asked for; the trace is there already."""
     from dipnet.eval.report import as_json
 
     if json:
         print_json(as_json(report))
     else:
         show(report)
+    if trace:
+        note(f"saved {trace}")
     files: dict[Path, str | bytes] = {}
     if plot:
         files[plot] = _picture(report)

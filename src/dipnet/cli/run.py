@@ -35,6 +35,7 @@ from dipnet.cli.streamed import (
     decoding_json,
     show_decoding,
 )
+from dipnet.cli.tracing import Trace, TraceScores, Tracing
 from dipnet.errors import InputError
 
 if TYPE_CHECKING:
@@ -114,6 +115,8 @@ def run(
     policy: Policy = None,
     no_look_ahead: NoLookAhead = False,
     weights: Weights = None,
+    trace: Trace = None,
+    trace_scores: TraceScores = False,
     json: Json = False,
 ) -> None:
     """Generate text; it streams as it is made, and a summary follows.
@@ -127,6 +130,7 @@ def run(
 
     Example: dipnet run qwen3.dipnet --memory 1GiB --prompt "Once upon a time"
     """
+    tracing = Tracing(trace, trace_scores)
     request = parse_method(method)
     planned = _plan(request, density)
     text = _prompt(prompt, prompt_file)
@@ -147,8 +151,10 @@ def run(
         loaded, tokens, chosen = _open(
             store, streaming, planned, text, chat, max_new_tokens, prefill
         )
-    with _attached(loaded, chosen, prefill, store):
+    with _attached(loaded, chosen, prefill, store), tracing.record(loaded.model, loaded.name):
         outcome = _generate(loaded, tokens, max_new_tokens, sampling, store, show=not json)
+    if trace:
+        note(f"saved {trace}")
     if json:
         about = _about(loaded, request, chosen, text, prefill, sampling)
         packed = {"streaming": streaming.as_json()} if store else {}

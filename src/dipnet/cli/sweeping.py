@@ -15,6 +15,7 @@ from dipnet.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dipnet.adapt.ready import Fitter
     from dipnet.cli.methods import MethodRequest
     from dipnet.eval.report import Report
     from dipnet.eval.streamed import StoreSetting
@@ -62,15 +63,29 @@ def measure(
     Raises InputError when a method needs a calibration text and there is none, or when none of the
     methods that were asked for could be measured.
     """
-    from dipnet.adapt.ready import Fitter
     from dipnet.eval.sweep import sweep
+
+    fitter = fitter_for(loaded, jobs, setting, calibration, split_text)
+    made = partial(sweep, loaded.model, jobs, tokens, setting, ready=fitter)
+    return _collect(made, jobs, setting.count(tokens))
+
+
+def fitter_for(
+    loaded: LoadedModel,
+    jobs: Sequence[Job],
+    setting: Setting,
+    calibration: TokenText | None = None,
+    split_text: TokenText | None = None,
+) -> Fitter:
+    """What makes the jobs' methods ready; InputError when they need a text and there is none."""
+    from dipnet.adapt.ready import Fitter
 
     if needs_calibration(jobs) and calibration is None:
         names = {job.label for job in jobs if job.method and job.method.needs_calibration}
         raise InputError(
             f"{', '.join(sorted(names))} must be calibrated on text first: give --calibration FILE"
         )
-    fitter = Fitter(
+    return Fitter(
         loaded.model,
         setting.window,
         calibration.tokens if calibration else None,
@@ -78,8 +93,6 @@ def measure(
         setting.batch_size,
         setting.bos,
     )
-    made = partial(sweep, loaded.model, jobs, tokens, setting, ready=fitter)
-    return _collect(made, jobs, setting.count(tokens))
 
 
 def measure_store(
@@ -96,7 +109,7 @@ def measure_store(
 def _collect(sweeping: Callable[..., Iterable[Row]], jobs: Sequence[Job], windows: int) -> list:
     """The rows of a sweep over so many windows, with a progress bar."""
     runnable = sum(job.method is not None for job in jobs)
-    with _progress() as progress:
+    with window_progress() as progress:
         task = progress.add_task("", total=runnable * windows)
         rows = sweeping(
             started=lambda job: progress.update(task, description=_named(job)),
@@ -127,7 +140,8 @@ def _named(job: Job) -> str:
     return job.label if job.density is None else f"{job.label} at {job.density:g}"
 
 
-def _progress() -> Progress:
+def window_progress() -> Progress:
+    """A bar in windows of text, on a terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ Write = Callable[[str], object]
 class Generation:
     """The text made after a prompt, and the time it took.
 
-    ``prompt_seconds`` end with the first new token; ``decode_seconds`` are those of the others.
+    ``prompt_seconds`` end with the first new token; ``decode_seconds`` are those of the others,
+    ``token_seconds`` each one's.
     """
 
     text: str
@@ -45,6 +47,7 @@ class Generation:
     prompt_seconds: float
     decode_seconds: float
     ended: bool
+    token_seconds: tuple[float, ...] = ()
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -146,9 +149,10 @@ def generate(
         text=stream.text,
         prompt_tokens=prompt.shape[1],
         new_tokens=len(new),
-        prompt_seconds=stream.first - start,
-        decode_seconds=stream.last - stream.first,
+        prompt_seconds=stream.times[0] - start,
+        decode_seconds=stream.times[-1] - stream.times[0],
         ended=int(new[-1]) in _end_tokens(loaded),
+        token_seconds=tuple(after - before for before, after in pairwise(stream.times)),
     )
 
 
@@ -198,7 +202,7 @@ class _Finite(LogitsProcessor):
 
 
 class _Stream(TextStreamer):
-    """Passes text on in whole words, and notes when the first and the last token came."""
+    """Passes text on in whole words, and notes when each token came."""
 
     def __init__(
         self,
@@ -210,16 +214,14 @@ class _Stream(TextStreamer):
         self.write = write
         self.decoding = decoding
         self.text = ""
-        self.first = self.last = 0.0
+        self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
         """Take the prompt's tokens, then each new one."""
         if not self.next_tokens_are_prompt:
-            self.last = time.perf_counter()
-            if not self.first:
-                self.first = self.last
-                if self.decoding:
-                    self.decoding()
+            self.times.append(time.perf_counter())
+            if len(self.times) == 1 and self.decoding:
+                self.decoding()
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

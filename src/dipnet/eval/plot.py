@@ -53,10 +53,15 @@ class Point:
 def draw(panels: Sequence[Panel]) -> bytes:
     """A PNG with one panel a model, side by side."""
     figure = Figure(figsize=(6.4 * len(panels), 4.8), dpi=150, layout="constrained")
-    styles = _styles(point.label for panel in panels for point in _points(panel.rows)[1:])
+    styles = line_styles(point.label for panel in panels for point in _points(panel.rows)[1:])
     for number, panel in enumerate(panels):
         _draw_panel(figure.add_subplot(1, len(panels), number + 1), panel, styles)
-    _legend(figure)
+    legend(figure)
+    return as_png(figure)
+
+
+def as_png(figure: Figure) -> bytes:
+    """The picture as a file: the same bytes for the same figures."""
     image = io.BytesIO()
     figure.savefig(image, format="png", metadata={"Software": None})
     return image.getvalue()
@@ -72,7 +77,7 @@ def pareto(points: Iterable[Point]) -> list[Point]:
     return kept
 
 
-def _legend(figure: Figure) -> None:
+def legend(figure: Figure) -> None:
     """One legend for all panels, beside them."""
     entries: dict[str, Any] = {}
     for axes in figure.axes:
@@ -83,7 +88,7 @@ def _legend(figure: Figure) -> None:
     )
 
 
-def _styles(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
+def line_styles(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
     """A colour and a marker for each label, in order of appearance."""
     return {
         label: (COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)])
@@ -111,7 +116,8 @@ def _draw_panel(axes: Axes, panel: Panel, styles: dict[str, tuple[str, str]]) ->
     for label in dict.fromkeys(point.label for point in points):
         line = sorted((p for p in points if p.label == label), key=lambda p: p.density)
         _draw_line(axes, line, styles[label], bound=label in BOUNDS)
-    _mark_best(axes, pareto(p for p in points if p.comparable))
+    best = pareto(p for p in points if p.comparable)
+    mark_best(axes, [(p.density, p.perplexity) for p in best])
     axes.annotate(
         f"dense {dense.perplexity:.1f}",
         (0.01, dense.perplexity),
@@ -122,14 +128,7 @@ def _draw_panel(axes: Axes, panel: Panel, styles: dict[str, tuple[str, str]]) ->
         color="0.35",
         fontsize=9,
     )
-    axes.set_title(panel.title, fontsize=11)
-    axes.set_xlabel("share of the MLP's weights read")
-    axes.set_ylabel("perplexity (log scale)")
-    _log_ticks(axes)
-    axes.grid(visible=True, color="0.92", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    finish(axes, panel.title, "share of the MLP's weights read")
     # What is several times worse than dense would squeeze all that matters into a corner.
     axes.set_ylim(top=min(axes.get_ylim()[1], WORST * dense.perplexity))
 
@@ -148,10 +147,11 @@ def _draw_line(axes: Axes, line: list[Point], style: tuple[str, str], *, bound: 
     )
 
 
-def _mark_best(axes: Axes, best: list[Point]) -> None:
+def mark_best(axes: Axes, best: Sequence[tuple[float, float]]) -> None:
+    """Rings around the points that nothing beats."""
     axes.scatter(
-        [p.density for p in best],
-        [p.perplexity for p in best],
+        [x for x, _ in best],
+        [y for _, y in best],
         s=130,
         facecolors="none",
         edgecolors="0.25",
@@ -159,6 +159,18 @@ def _mark_best(axes: Axes, best: list[Point]) -> None:
         zorder=3,
         label="no method better in both",
     )
+
+
+def finish(axes: Axes, title: str, below: str) -> None:
+    """Titles, a light grid, and a logarithmic axis of perplexities."""
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel(below)
+    axes.set_ylabel("perplexity (log scale)")
+    _log_ticks(axes)
+    axes.grid(visible=True, color="0.92", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
 
 
 def _log_ticks(axes: Axes) -> None:

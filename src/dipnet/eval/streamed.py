@@ -99,7 +99,8 @@ def _row(
             cache=how.cache,
             policy=how.policy,
         )
-        result = measure(model, tokens, setting, progress)
+        with job.recording(model):
+            result = measure(model, tokens, setting, progress)
     except InputError as error:
         if job is DENSE:  # there would be nothing to compare with
             raise

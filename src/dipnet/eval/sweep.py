@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -68,13 +69,15 @@ class Job:
     """One method at one density: to be measured, or with the ``reason`` why it cannot be.
 
     ``label`` is what the user wrote for the method; ``density`` what was asked for, None for a
-    method that has no density or brings its own.
+    method that has no density or brings its own. ``recording`` surrounds the measurement with what
+    watches the model.
     """
 
     label: str
     density: float | None
     method: Method | None
     reason: str | None = None
+    recording: Callable[[PreTrainedModel], AbstractContextManager[object]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,8 @@ def _row(
     fitted = time.perf_counter()
     with attached:
         try:
-            result = measure(attached, tokens, setting, progress)
+            with job.recording(attached):
+                result = measure(attached, tokens, setting, progress)
         except InputError as error:
             if job is DENSE:  # there would be nothing to compare with
                 raise

@@ -39,6 +39,9 @@ class Scores(Protocol):
     def threshold(self, density: float) -> float:
         """The score that a share ``density`` of all seen scores exceeds."""
 
+    def share(self, threshold: float) -> float:
+        """The share of all seen scores that exceeds ``threshold``."""
+
 
 class Block(Protocol):
     """A decoder block and the calibration activations that reach it."""
@@ -79,6 +82,8 @@ class Method(ABC):
 
     name: ClassVar[str]
     needs_gate: ClassVar[bool] = False
+    swept: ClassVar[str] = "density"
+    """The field that a density on the command line sets, where the method has it."""
 
     @abstractmethod
     def sites(self, spec: ModelSpec) -> tuple[Site, ...]:

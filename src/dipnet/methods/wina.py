@@ -28,7 +28,12 @@ class WINA(DIP):
     )
 
     def prepare(self, weights: Weights, spec: ModelSpec) -> Self:
-        norms = {(site.layer, site.name): column_norms(weights, site) for site in self.sites(spec)}
+        norms = {
+            (site.layer, site.name): column_norms(
+                weights, site.layer, *(operand.matrix for operand in site.operands)
+            )
+            for site in self.sites(spec)
+        }
         return replace(self, norms=norms)
 
     def score(self, site: Site, x: Tensor) -> Tensor:
@@ -38,10 +43,9 @@ class WINA(DIP):
         return sum(site.channels for site in self.sites(spec))
 
 
-def column_norms(weights: Weights, site: Site) -> Tensor:
-    """(channels,) L2 norms of the columns, over all matrices of the site."""
+def column_norms(weights: Weights, layer: int, *matrices: str) -> Tensor:
+    """(channels,) L2 norms of the columns, over all of a layer's ``matrices``."""
     squares = [
-        weights.matrix(site.layer, operand.matrix).detach().float().square().sum(dim=0)
-        for operand in site.operands
+        weights.matrix(layer, matrix).detach().float().square().sum(dim=0) for matrix in matrices
     ]
     return torch.stack(squares).sum(dim=0).sqrt()

@@ -9,20 +9,21 @@ that faster backends are tested against.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dipnet.cache import CacheSettings
+from dipnet.cache import Cache, CacheSettings, CacheSlots
 from dipnet.errors import InputError
-from dipnet.methods.base import Method
-from dipnet.models.caching import SiteCache, check_not_recomputed
+from dipnet.methods.base import Method, SiteKey
+from dipnet.models.caching import CacheState, SiteCache, check_not_recomputed
 from dipnet.models.calls import Calls
 from dipnet.models.families import Decoder
 from dipnet.models.masks import SiteMasks
+from dipnet.models.residual import Residual
 from dipnet.models.tokens import Prefill, TokenState
 from dipnet.models.usage import Usage
 from dipnet.units import Site
@@ -37,7 +38,7 @@ def sparsify(
     method: Method,
     *,
     prefill: Prefill = "sparse",
-    cache: CacheSettings | None = None,
+    cache: CacheSettings | CacheSlots | None = None,
 ) -> Model:
     """Make a loaded causal LM decode with ``method``; returns the same model.
 
@@ -48,7 +49,8 @@ def sparsify(
     sequence holds (with an empty key/value cache). Move or cast the model before, not while it is
     sparsified: what the method derived from the weights stays where it was made.
 
-    ``cache`` gives every site a cache of its units, as an engine that streams them from disk has:
+    ``cache`` gives every site a cache of its units, as an engine that streams them from disk has
+    (`CacheSettings`: a share of them; `CacheSlots`: a number for each site):
     masks are then decided token after token (a batch's rows one after the other), a cache-aware
     method prefers what is resident, and ``usage(model).cache()`` tells the hits. The caches start
     empty and stay warm from one sequence to the next. Dense prompts and padding do not use them.
@@ -62,7 +64,7 @@ def sparsify(
     if not isinstance(method, Method):
         raise InputError(f"method is a method such as dipnet.DIP(density=0.5), not {method!r}")
     check_dense(model)
-    if not isinstance(cache, CacheSettings | None):
+    if not isinstance(cache, CacheSettings | CacheSlots | None):
         raise InputError(f"cache is a dipnet.CacheSettings such as share=0.5, not {cache!r}")
     Attachment(Decoder(model), method, prefill, cache=cache).attach()
     return model
@@ -108,7 +110,7 @@ class Attachment:
         method: Method,
         prefill: Prefill = "sparse",
         layers: Collection[int] | None = None,
-        cache: CacheSettings | None = None,
+        cache: CacheSettings | CacheSlots | None = None,
     ) -> None:
         self.model = decoder.model
         self.decoder = decoder
@@ -118,9 +120,12 @@ class Attachment:
             method.check_model(self.decoder.spec)
         self.method = method.prepare(self.decoder, self.decoder.spec)
         self.layers = range(self.decoder.spec.layers) if layers is None else layers
-        self.tokens = TokenState(prefill)
         self.usage = Usage(self.method, self.decoder.spec)
+        sites = [site for site in self.usage.sites.values() if site.layer in self.layers]
+        self.tokens = TokenState(prefill, positions=any(s.scored_on == "position" for s in sites))
+        self.residual = Residual.of_sites(decoder, sites, self.tokens)
         self.cache = cache
+        self.caches: dict[SiteKey, Cache] = {}
         self._undo: list[Callable[[], None]] = []
 
     def attach(self) -> None:
@@ -128,6 +133,7 @@ class Attachment:
         try:
             self._enter_context_class()
             self._undo += Calls(self.model, self.tokens, self.usage).watch()
+            self._undo += self.residual.watch()
             for site in self.usage.sites.values():
                 if site.layer in self.layers:
                     self._attach_site(site)
@@ -141,6 +147,19 @@ class Attachment:
         """Undo everything, last change first."""
         while self._undo:
             self._undo.pop()()
+
+    def caching(self) -> CacheState | None:
+        """The caches of the sites; None without any."""
+        if self.cache is None or not self.caches:
+            return None
+        slots = {key: site.units for key, site in self.usage.sites.items()}
+        slots |= {key: cache.slots for key, cache in self.caches.items()}
+        warm = any(cache.resident.any() for cache in self.caches.values())
+        return CacheState(self.cache.policy, slots, warm)
+
+    def guesses(self) -> Mapping[str, tuple[int, int]]:
+        """Records read ahead, and those of them that were wanted, by site: there are none."""
+        return {}
 
     def _enter_context_class(self) -> None:
         """Let the model itself be a context manager: a subclass of its class, under its name."""
@@ -168,17 +187,26 @@ class Attachment:
         place = {
             "attn.in": family.attention,
             "attn.out": family.path("o"),
+            "attn.head": family.path("o"),
             "mlp.in": family.mlp,
             "mlp.hidden": family.path("down"),
             "mlp.neuron": family.path("down"),
         }[site.name]
-        cache = SiteCache(site, self.method, self.cache.make(site.units)) if self.cache else None
-        mask = SiteMask(site, self.method, self.tokens, self.usage, cache)
+        cache = self._make_cache(site)
+        mask = SiteMask(site, self.method, self.tokens, self.usage, cache, self.residual)
         if site.scored_on == "gate":
             self._watch(self.decoder.module(site.layer, family.activation), mask)
         elif site.scored_on == "up":
             self._watch(self.decoder.holder(site.layer, "up"), mask, self.decoder.rows("up"))
         self._hook(self.decoder.module(site.layer, place), mask)
+
+    def _make_cache(self, site: Site) -> SiteCache | None:
+        key = site.layer, site.name
+        made = self.cache.make(site.units, key) if self.cache else None
+        if made is None:
+            return None
+        self.caches[key] = made
+        return SiteCache(site, self.method, made)
 
     def _watch(self, module: nn.Module, mask: SiteMask, part: slice | None = None) -> None:
         """Score the site on what ``module`` puts out (the channels in ``part``)."""
@@ -214,9 +242,11 @@ class SiteMask:
         method: Method,
         tokens: TokenState,
         usage: Usage,
-        cache: SiteCache | None = None,
+        cache: SiteCache | None,
+        residual: Residual,
     ) -> None:
         self.site = site
+        self.residual = residual
         self.masks = SiteMasks(site, method, usage, cache)
         self.tokens = tokens
         self.scored: Tensor | None = None
@@ -236,9 +266,7 @@ class SiteMask:
 
     def prune(self, x: Tensor) -> Tensor:
         """(..., channels) -> (..., channels): decide the mask, count it, apply it."""
-        scored = x if self.site.scored_on in ("input", "hidden") else self.scored
-        self.scored = None
-        assert scored is not None, "the scored activation is computed before its site"
+        scored = self._scored(x)
         if self.masks.cache is not None:
             check_not_recomputed(self.tokens.running)
         mask = self.masks.decide(
@@ -248,6 +276,21 @@ class SiteMask:
             count=self.tokens.running,
         )
         return x * (mask if self.site.block == 1 else mask.repeat_interleave(self.site.block, -1))
+
+    def _scored(self, x: Tensor) -> Tensor:
+        """What the score reads, in the leading shape of ``x``."""
+        match self.site.scored_on:
+            case "input" | "hidden" | "heads":
+                return x
+            case "residual":
+                assert self.site.place is not None
+                found: Tensor | None = self.residual.at(self.site.place)
+            case "position":
+                found = self.tokens.position
+            case _:
+                found, self.scored = self.scored, None
+        assert found is not None, "the scored activation is computed before its site"
+        return found.reshape(*x.shape[:-1], found.shape[-1])  # OPT's MLP flattens the tokens
 
     @staticmethod
     def _per_token(flags: Tensor | None, x: Tensor) -> Tensor | None:

@@ -6,6 +6,8 @@ hits and misses are those of that run, the weights are all in memory.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dipnet.errors import InputError
-from dipnet.methods.base import Method
+from dipnet.methods.base import Method, SiteKey
 from dipnet.units import Site
 
 
@@ -27,6 +29,15 @@ class UnitCache(Protocol):
 
     def access(self, wanted: NDArray[np.bool_]) -> tuple[int, int, int]:
         """Use the (units,) wanted units: how many were hits, misses, and misses admitted."""
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """The caches of a model's sites: their slots by (layer, name), and whether any was used."""
+
+    policy: str
+    slots: Mapping[SiteKey, int]
+    warm: bool
 
 
 class SiteCache:

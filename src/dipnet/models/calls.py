@@ -35,9 +35,14 @@ class Calls:
         inputs = given.get("inputs_embeds") if inputs is None else inputs
         if inputs is None:  # the decoder itself says what is missing
             return
-        self.tokens.begin(inputs, given.get("attention_mask"), given.get("past_key_values"))
+        past = given.get("past_key_values")
+        self.tokens.begin(inputs, given.get("attention_mask"), past)
+        if self.usage.recorder is not None:
+            self.usage.recorder.begin(self.tokens.counted, inputs.shape[:2], past)
         self.usage.count_tokens(self.tokens.sparse_tokens(inputs))
 
-    def end(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        """Torch's forward hook: the call has ended, by an error too."""
+    def end(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        """Torch's forward hook: the call has ended; by an error where there is no output."""
         self.tokens.running = False
+        if self.usage.recorder is not None:
+            self.usage.recorder.end(complete=output is not None)

@@ -127,6 +127,17 @@ class Decoder:
         """The linear layer that holds ``matrix``, alone or with others."""
         return self.module(layer, self.family.path(matrix))
 
+    def residual_module(self, place: int) -> Any:
+        """The module whose input is the residual stream at a place (`units.residual_place`).
+
+        OPT-350M normalises after its blocks: there it is what the MLP itself reads.
+        """
+        layer, before_mlp = divmod(place, 2)
+        if not before_mlp:
+            return self.layers[layer]
+        norm_first = getattr(self.model.config, "do_layer_norm_before", True)
+        return self.module(layer, self.family.mlp_norm if norm_first else self.family.mlp)
+
     def rows(self, matrix: str) -> slice:
         """The rows of its linear layer that are ``matrix``."""
         start = 0
@@ -157,6 +168,7 @@ class Decoder:
             activation=_activation(self.model.config.get_text_config()),
             matrices=matrices,
             other_weights=_read_per_token(self.model) - len(self.layers) * linear,
+            heads=self.model.config.get_text_config().num_attention_heads,
         )
 
     def _shape(self, matrix: str) -> tuple[int, int]:

@@ -25,7 +25,8 @@ class SiteMasks:
         """(..., channels) scored activations -> (..., units) bool.
 
         ``dense`` and ``counted`` are (...) bools, None for none and all: tokens that keep every
-        unit, and tokens that are counted and use the cache. Without ``count`` no unit is counted.
+        unit, and tokens that are counted and use the cache. Without ``count`` no unit is counted,
+        and nothing recorded.
         """
         scores = self.method.score(self.site, scored)
         if self.cache is None:
@@ -35,4 +36,6 @@ class SiteMasks:
             self.usage.count_hits(self.site, hits)
         if count:
             self.usage.count_units(self.site, mask, counted)
+            if self.usage.recorder is not None:
+                self.usage.recorder.add(self.site, mask, scores, counted)
         return mask if dense is None else mask | dense.unsqueeze(-1)

@@ -32,11 +32,13 @@ class TokenState:
     none; ``counted`` the (batch, tokens) bool of tokens whose units are counted, or None for all.
     ``all_dense`` says that no token of the call is pruned. ``running`` says that the call has not
     ended: what activation checkpointing computes again later is masked as in the call, and not
-    counted.
+    counted. With ``positions``, ``position`` is (batch, tokens, 1) int64: each token's own place in
+    its sequence, padding left out.
     """
 
-    def __init__(self, prefill: Prefill) -> None:
+    def __init__(self, prefill: Prefill, *, positions: bool = False) -> None:
         self.prefill = check_prefill(prefill)
+        self.positions = positions
         self.clear()
 
     def clear(self) -> None:
@@ -44,6 +46,7 @@ class TokenState:
         self.running = False
         self.dense: Tensor | None = None
         self.counted: Tensor | None = None
+        self.position: Tensor | None = None
         self.all_dense = False
 
     def begin(self, inputs: Tensor, padding: Any, cache: Any) -> None:
@@ -57,9 +60,13 @@ class TokenState:
         batch, tokens = inputs.shape[:2]
         real = padding.bool() if isinstance(padding, Tensor) and padding.dim() == 2 else None
         self.counted = None if real is None else real[:, -tokens:]
-        if self.prefill == "sparse":
+        if self.prefill == "sparse" and not self.positions:
             return
         past = int(cache.get_seq_length()) if cache is not None else 0
+        if self.positions:
+            self.position = _positions(inputs, real, past)
+        if self.prefill == "sparse":
+            return
         whole = tokens if past == 0 else 0
         prompt = whole if self.prefill == "dense" else self.prefill - past
         self.all_dense = prompt >= tokens
@@ -78,3 +85,12 @@ class TokenState:
         if self.counted is None:
             return inputs.shape[0] * inputs.shape[1]
         return self.counted
+
+
+def _positions(inputs: Tensor, real: Tensor | None, past: int) -> Tensor:
+    """(batch, tokens, 1) the tokens' positions in their own sequences, after ``past`` others."""
+    batch, tokens = inputs.shape[:2]
+    if real is not None:
+        return (real.cumsum(dim=1)[:, -tokens:] - 1).clamp(min=0).unsqueeze(-1)
+    own = torch.arange(past, past + tokens, device=inputs.device)
+    return own.expand(batch, -1).unsqueeze(-1)

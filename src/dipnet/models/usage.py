@@ -6,11 +6,15 @@ Counts stay on the model's device until they are read, so that counting never wa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from dipnet.methods.base import Method, SiteKey
 from dipnet.units import ATTENTION_MATRICES, ModelSpec, Site
+
+if TYPE_CHECKING:
+    from dipnet.models.recording import Recorder
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,12 @@ class CacheUsage:
 
 
 class Usage:
-    """Counts kept units for one method on one model; tokens processed dense are left out."""
+    """Counts kept units for one method on one model; tokens processed dense are left out.
+
+    ``recorder`` sees the masks that are counted while a trace is recorded.
+    """
+
+    recorder: Recorder | None = None
 
     def __init__(self, method: Method, spec: ModelSpec) -> None:
         self.method = method
@@ -61,6 +70,7 @@ class Usage:
         """Forget all counts."""
         self._tokens: Tensor | int = 0
         self._kept: dict[SiteKey, Tensor | int] = dict.fromkeys(self.sites, 0)
+        self._groups: dict[SiteKey, Tensor | int] = dict.fromkeys(self.sites, 0)
         self._hits: dict[SiteKey, int] = {}
 
     def count_tokens(self, tokens: Tensor | int) -> None:
@@ -73,6 +83,10 @@ class Usage:
         counted = mask if tokens is None else mask & tokens.unsqueeze(-1)
         key = (site.layer, site.name)
         self._kept[key] = self._kept[key] + counted.sum()
+        group = site.group
+        if group > 1:
+            groups = counted.unflatten(-1, (-1, group)).any(dim=-1)
+            self._groups[key] = self._groups[key] + groups.sum()
 
     def count_hits(self, site: Site, hits: int) -> None:
         """Count the kept units that the site's cache held."""
@@ -96,8 +110,8 @@ class Usage:
         """The shares so far; with no sparse token yet, those of the dense model."""
         tokens = int(self._tokens)
         kept = {key: self._mean_kept(key, tokens) for key in self.sites}
-        mlp = [self._read(layer, "mlp", kept) for layer in range(self.spec.layers)]
-        attention = [self._read(layer, "attn", kept) for layer in range(self.spec.layers)]
+        mlp = [self._read(layer, "mlp", tokens) for layer in range(self.spec.layers)]
+        attention = [self._read(layer, "attn", tokens) for layer in range(self.spec.layers)]
         added = self.method.added_weights(self.spec)
         all_read = sum(mlp) + sum(attention) + self.spec.other_weights + added
         return Density(
@@ -121,14 +135,25 @@ class Usage:
     def _mean_kept(self, key: SiteKey, tokens: int) -> float:
         return int(self._kept[key]) / tokens if tokens else float(self.sites[key].units)
 
-    def _read(self, layer: int, part: str, kept: dict[SiteKey, float]) -> float:
+    def _dropped(self, key: SiteKey, tokens: int) -> float:
+        """Weights that a site's mask saves a token, on average."""
+        site = self.sites[key]
+        if not tokens:
+            return 0.0
+        whole = tokens * site.units
+        saved = (whole - int(self._kept[key])) * site.weights_per_unit
+        if site.group > 1:
+            saved += (whole // site.group - int(self._groups[key])) * site.weights_per_group
+        return saved / tokens
+
+    def _read(self, layer: int, part: str, tokens: int) -> float:
         """Weights of a layer's MLP (``mlp``) or attention (``attn``) read for a token."""
         spec = self.spec
         names = spec.mlp_matrices if part == "mlp" else ATTENTION_MATRICES
         read = sum(self._dense_or_static(layer, name) for name in names)
-        for (site_layer, name), site in self.sites.items():
-            if site_layer == layer and name.startswith(part):
-                read -= (site.units - kept[site_layer, name]) * site.weights_per_unit
+        for key in self.sites:
+            if key[0] == layer and key[1].startswith(part):
+                read -= self._dropped(key, tokens)
         return read
 
     def _dense_or_static(self, layer: int, matrix: str) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial, wraps
 from threading import RLock
@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 from dipnet.errors import InputError
 from dipnet.methods.base import Method
 from dipnet.models.attach import ATTACHED
-from dipnet.models.caching import SiteCache
+from dipnet.models.caching import CacheState, SiteCache
 from dipnet.models.calls import Calls
 from dipnet.models.families import Decoder
 from dipnet.models.tokens import Prefill, TokenState
@@ -71,6 +71,22 @@ class Streamed:
     def detach(self) -> None:
         """Undo is impossible: there are no dense weights to go back to."""
         raise InputError("a streamed model has no dense weights to restore: load it again")
+
+    def caching(self) -> CacheState | None:
+        """The caches of the sites; None when all records are held, and no mask depends on them."""
+        groups = [self.groups[key] for key in self.usage.sites]
+        streaming = [group for group in groups if not group.held]
+        if not streaming:
+            return None
+        slots = {key: self.engine.slots[key] for key in self.usage.sites}
+        warm = any(self.engine.resident(group.key).any() for group in streaming)
+        return CacheState(self.engine.policy, slots, warm)
+
+    def guesses(self) -> Mapping[str, tuple[int, int]]:
+        """Records read ahead so far, and those of them that were wanted, by the site's name."""
+        sites = self.recorder.stats().sites
+        wanted = {name for _, name in self.usage.sites}
+        return {name: (sites[name].guessed, sites[name].useful) for name in wanted}
 
     def _masks(self, key: Key) -> Masks | None:
         site = self.usage.sites.get(cast(Any, key))

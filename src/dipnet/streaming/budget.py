@@ -5,46 +5,22 @@ Everything is in bytes and in whole records; nothing is allocated here.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dipnet.errors import InputError
+from dipnet.sim.sizes import Split, divide_bytes
 from dipnet.store.index import Index
 from dipnet.streaming.engine import Key
+from dipnet.units import parse_size as parse_size
+from dipnet.units import size_text as size_text
 
 CACHED = ("mlp.in", "mlp.hidden")
 """The groups whose records may be streamed; the others are held in memory."""
-_LETTERS = "kmgt"
-_UNITS = {"": 1, "b": 1} | {
-    letter + ending: (1000 if ending == "b" else 1024) ** power
-    for power, letter in enumerate(_LETTERS, 1)
-    for ending in ("", "b", "ib")
-}
 MARGIN = 96 << 20
 """What Python, torch and the kernel's own bookkeeping may still take after loading."""
 SLACK = 16 << 20
 """What one process holds more than another that does the same, when the budget is divided."""
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes of a size such as ``4GiB``, ``1.5G``, ``800MB`` or a number; InputError otherwise.
-
-    As in GNU tools, K, M, G, T and KiB, MiB, ... are powers of 1024; kB, MB, ... of 1000.
-    """
-    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
-    unit = _UNITS.get(match[2].lower()) if match else None
-    if match is None or unit is None or (unit == 1 and "." in match[1]):
-        raise InputError(f"{text!r} is no size in memory: write 4GiB, 1.5G, 800MB or bytes")
-    return int(float(match[1]) * unit)
-
-
-def size_text(size: float) -> str:
-    """A size for people: ``1.25 GiB``."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if size >= unit:
-            return f"{size / unit:.4g} {name}"
-    return f"{size:.0f} B"
 
 
 @dataclass(frozen=True)
@@ -93,26 +69,25 @@ def pinned_bytes(index: Index) -> int:
     return sum(group.bytes for group in index.groups if group.name not in CACHED)
 
 
-def divide(index: Index, budget: int | None, densities: Mapping[Key, float]) -> dict[Key, int]:
+def divide(
+    index: Index,
+    budget: int | None,
+    densities: Mapping[Key, float],
+    split: Split = "wanted",
+) -> dict[Key, int]:
     """Slots of every group when ``budget`` bytes are for the caches (None: everything is held).
 
     A site gets a share in proportion to the bytes that a token wants of it, so that all have the
-    same chance of a hit; what a site cannot use goes to the others.
+    same chance of a hit, or with ``split`` "even" as many bytes as any other; what a site cannot
+    use goes to the others.
     """
     slots = {group.key: group.units for group in index.groups}
     if budget is None:
         return slots
     sizes = {key: index.group(*key).bytes for key in slots if key[1] in CACHED}
-    wanted = {key: densities[key] * size for key, size in sizes.items()}
-    left = budget
-    while wanted:
-        share = left / sum(wanted.values())
-        whole = [key for key, bytes_ in wanted.items() if share * bytes_ >= sizes[key]]
-        for key in whole:
-            left -= sizes[key]
-            del wanted[key]
-        if not whole:
-            break
-    for key, bytes_ in wanted.items():
-        slots[key] = int(share * bytes_) // index.group(*key).record_bytes
+    shares = dict.fromkeys(sizes, 1.0)
+    if split == "wanted":
+        shares = {key: densities[key] * size for key, size in sizes.items()}
+    for key, size in divide_bytes(sizes, shares, budget).items():
+        slots[key] = size // index.group(*key).record_bytes
     return slots

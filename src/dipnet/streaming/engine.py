@@ -91,6 +91,7 @@ class Engine:
         self.folder = folder
         self.index = index
         self.slots = slots
+        self.policy = policy
         try:
             self._native = _native.Engine(
                 str(folder / RECORDS_NAME),

@@ -22,6 +22,7 @@ from dipnet.methods.dense import Dense
 from dipnet.methods.dip import DIP
 from dipnet.models.families import Decoder, context_length
 from dipnet.models.tokens import Prefill
+from dipnet.sim.sizes import Split
 from dipnet.store.check import check_rest
 from dipnet.store.geometry import Weights
 from dipnet.store.index import REST_NAME, Index, read_index
@@ -32,21 +33,25 @@ from dipnet.streaming.engine import Engine, Key, Reader, frames_size
 from dipnet.streaming.keys import reserve_keys
 from dipnet.streaming.linear import TOKENS
 from dipnet.streaming.packed import Progress, store_of
+from dipnet.streaming.plan import Plan, Settings, open_plan
 from dipnet.streaming.stats import Stats, process_bytes
 from dipnet.units import ModelSpec
 
 DEFAULT_CONTEXT = 1024
 """Tokens of the longest sequence that memory is kept for, unless the caller says more."""
+DEFAULT_POLICY = "lfu"
 
 
 def load(
     path: str | Path,
     method: Method | None = None,
     *,
+    plan: Plan | str | Path | None = None,
     memory: str | int | None = None,
     cache: str | int | None = None,
     context: int | None = None,
-    policy: str = "lfu",
+    policy: str | None = None,
+    cache_split: Split | None = None,
     prefill: Prefill = "dense",
     look_ahead: bool = True,
     weights: Weights | None = None,
@@ -63,32 +68,42 @@ def load(
     by the weights that are always in memory (attention, head), by keys and values for ``context``
     tokens and by buffers becomes the caches of the MLP's records. ``cache`` sets the size of those
     caches instead, with no bound on the rest; with neither, everything is in memory. ``policy`` is
-    what a cache evicts: "lfu" or "lru". ``prefill`` is as in `sparsify`. ``look_ahead`` reads
-    records ahead on a guess; results are the same without it. ``reader`` is for tests and
-    measurements.
+    what a cache evicts: "lfu" (the default) or "lru"; ``cache_split`` says whether the caches share
+    by what a token "wanted" of each (the default) or "even". ``prefill`` is as in `sparsify`.
+    ``look_ahead`` reads records ahead on a guess; results are the same without it. ``reader`` is
+    for tests and measurements.
 
-    Raises InputError when the store is damaged, the method cannot run on its records, or the
-    budget is too small (the message says which works); `StoreError`, an InputError, when a record
-    cannot be read later.
+    A ``plan``, or the file of one that `dipnet plan` wrote, brings the method, the budget, the
+    policy and the split; a checkpoint is packed as it says.
+
+    Raises InputError when the store is damaged, the method cannot run on its records, the budget
+    is too small (the message says which works), or a plan is for another model or contradicted by
+    another argument; `StoreError`, an InputError, when a record cannot be read later.
     """
-    check_policy(policy)
-    if memory is not None and cache is not None:
+    asked = Settings(method, memory, cache, context, policy, cache_split, weights)
+    planned = None if plan is None else plan if isinstance(plan, Plan) else open_plan(plan)
+    how = asked if planned is None else planned.settings(asked)
+    check_policy(how.policy or DEFAULT_POLICY)
+    if how.memory is not None and how.cache is not None:
         raise InputError("give either memory (of the whole process) or cache (of the records)")
-    sizes = {"memory": memory, "cache": cache}
+    sizes = {"memory": how.memory, "cache": how.cache}
     bounds = {name: parse_size(size) for name, size in sizes.items() if size is not None}
-    folder = store_of(path, weights, progress)
+    folder = store_of(path, how.weights, progress, planned.block if planned else "auto")
     index = read_index(folder)
+    if planned is not None:
+        planned.check_store(index, path)
     check_rest(folder, index)
     model, scales = _skeleton(folder)
     decoder = Decoder(model)
-    chosen = fitted_method(method or Dense(), index, decoder.spec)
+    chosen = fitted_method(how.method or Dense(), index, decoder.spec)
     reader = reader or Reader()
     budget = bounds.get("cache")
-    tokens = _context(model, context)
+    tokens = _context(model, how.context)
     if "memory" in bounds:
         budget = needs(index, model, reader, tokens).left(bounds["memory"])
-    slots = divide(index, budget, densities(chosen, index, decoder.spec))
-    engine = Engine(folder, index, scales, slots, policy, reader)
+    shares = densities(chosen, index, decoder.spec)
+    slots = divide(index, budget, shares, how.cache_split or "wanted")
+    engine = Engine(folder, index, scales, slots, how.policy or DEFAULT_POLICY, reader)
     attached = Streamed(decoder, engine, chosen, prefill, look_ahead=look_ahead)
     attached.attach()
     reserve_keys(model.get_decoder(), tokens, strict="memory" in bounds)

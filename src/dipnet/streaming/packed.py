@@ -14,9 +14,10 @@ from dipnet.files import make_folder
 from dipnet.models.load import DEMO_MODELS
 from dipnet.pack.checkpoint import Checkpoint
 from dipnet.pack.packing import pack
+from dipnet.pack.plan import Block
 from dipnet.registry import unknown
 from dipnet.store.geometry import WEIGHTS, Weights
-from dipnet.store.index import INDEX_NAME, RECORDS_NAME, VERSION, read_index
+from dipnet.store.index import INDEX_NAME, RECORDS_NAME, VERSION, Index, read_index
 
 Progress = Callable[[int, int], object]
 
@@ -34,7 +35,9 @@ def cache_folder() -> Path:
     return Path(shared).expanduser() / "dipnet"
 
 
-def packed(name: str, weights: Weights, progress: Progress | None = None) -> Path:
+def packed(
+    name: str, weights: Weights, progress: Progress | None = None, block: Block = "auto"
+) -> Path:
     """The store of the checkpoint ``name`` in the cache folder; packed there when it is not yet.
 
     A local checkpoint is packed anew when its files change; one of the hub keeps its store until
@@ -42,13 +45,27 @@ def packed(name: str, weights: Weights, progress: Progress | None = None) -> Pat
     """
     if weights not in WEIGHTS:
         raise unknown("kind of weights", weights, WEIGHTS)
-    folder = cache_folder() / _folder_name(name, weights)
+    usual = cache_folder() / _folder_name(name, weights)
+    if block == "auto" or (usual.exists() and block_of(read_index(usual)) == block):
+        folder = usual
+    else:
+        folder = usual.with_name(f"{usual.name}-b{block}")
     if not folder.exists():
-        pack(name, make_folder(folder.parent) / folder.name, weights, progress=progress)
+        pack(name, make_folder(folder.parent) / folder.name, weights, block, progress=progress)
     return folder
 
 
-def store_of(name: str | Path, weights: Weights | None, progress: Progress | None = None) -> Path:
+def block_of(index: Index) -> int:
+    """The neurons of a record."""
+    return index.group(0, "mlp.hidden").block
+
+
+def store_of(
+    name: str | Path,
+    weights: Weights | None,
+    progress: Progress | None = None,
+    block: Block = "auto",
+) -> Path:
     """The store that a model runs from: ``name`` itself, or the packed form of a checkpoint.
 
     Raises InputError when ``name`` is no store and ``weights`` does not say how to pack it, or a
@@ -56,7 +73,7 @@ def store_of(name: str | Path, weights: Weights | None, progress: Progress | Non
     """
     if not is_store(name):
         # What is no store and shall not be packed is the index's to explain.
-        return Path(name) if weights is None else packed(str(name), weights, progress)
+        return Path(name) if weights is None else packed(str(name), weights, progress, block)
     if weights is not None and read_index(name).weights != weights:
         raise InputError(
             f"the store {str(name)!r} holds its weights as {read_index(name).weights}: ask for "

@@ -1,0 +1,108 @@
+"""How long a device takes for tokens whose hits and misses are known.
+
+Without engine costs: the paper's model, bytes over bandwidths. With them: a walk through a token as
+our engine makes it (walk.py), with what the probe measured for each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dipnet.sim.device import Device
+from dipnet.sim.shape import ModelShape
+from dipnet.sim.sizes import is_streamed, kv_bytes, pinned_bytes, unit_bytes
+from dipnet.sim.trace import TraceSite
+from dipnet.sim.walk import Group, Walk, pinned_groups
+from dipnet.store.geometry import Weights, column_stride, padded_outputs
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class SiteLoad:
+    """What every token asked of one site: (tokens,) units that were hits and misses.
+
+    ``reads`` counts the runs of neighbouring misses, each of which is one read. ``masked`` is False
+    for a group of which every token wants everything.
+    """
+
+    site: TraceSite
+    weights: Weights
+    hits: NDArray[np.number]
+    misses: NDArray[np.number]
+    reads: NDArray[np.number]
+    masked: bool = True
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of a unit."""
+        return unit_bytes(self.site, self.weights)
+
+    @property
+    def wanted_bytes(self) -> Array:
+        """(tokens,) bytes that are multiplied."""
+        return np.asarray((self.hits + self.misses) * float(self.record_bytes))
+
+    @property
+    def missed_bytes(self) -> Array:
+        """(tokens,) bytes that are read from Flash."""
+        return np.asarray(self.misses * float(self.record_bytes))
+
+    def group(self) -> Group:
+        """The site's records, as the engine has them."""
+        rows = self.site.weights_per_unit // self.site.block
+        return Group(
+            layer=self.site.layer,
+            name=self.site.name,
+            units=self.site.units,
+            block=self.site.block,
+            rows=rows,
+            stride=column_stride(self.weights, padded_outputs(rows)),
+            record_bytes=self.record_bytes,
+            masked=self.masked,
+            hits=np.asarray(self.hits, np.float64),
+            misses=np.asarray(self.misses, np.float64),
+            reads=np.asarray(self.reads, np.float64),
+        )
+
+
+def seconds(
+    device: Device,
+    shape: ModelShape,
+    loads: Sequence[SiteLoad],
+    *,
+    context: float | Array = 0.0,
+    look_ahead: bool = False,
+    recall: Mapping[str, float] | None = None,
+) -> Array:
+    """(tokens,) seconds of each token; the ``loads`` are those of its MLP, and of masks elsewhere.
+
+    All are of one kind of weights; an MLP matrix that no load has is not counted, attention and the
+    head are. ``context`` is the number of tokens before each. ``look_ahead`` reads ahead on
+    guesses, of which the share ``recall`` (by the sites' name) is right: both matter only to a
+    device with engine costs. Raises InputError when those lack the loads' kind of weights.
+    """
+    past = np.broadcast_to(np.asarray(context, np.float64), loads[0].hits.shape)
+    if device.engine is None:
+        return _of_bytes(device, shape, loads, past)
+    weights = loads[0].weights
+    groups = {(group.layer, group.name): group for group in pinned_groups(shape, weights, past)}
+    groups |= {(load.site.layer, load.site.name): load.group() for load in loads}
+    walk = Walk(device.flash, device.engine, shape, weights, groups, past)
+    return walk.token(recall or {}) if look_ahead else walk.token(None)
+
+
+def _of_bytes(device: Device, shape: ModelShape, loads: Sequence[SiteLoad], past: Array) -> Array:
+    """The time of a token's bytes: all that it touches in memory, what it misses in Flash."""
+    touched = pinned_bytes(shape, loads[0].weights) + past * kv_bytes(shape, 1)
+    flash = np.zeros_like(touched)
+    for load in loads:
+        if is_streamed(load.site):
+            touched = touched + load.wanted_bytes
+        flash += device.flash.seconds(np.asarray(load.reads, np.float64), load.missed_bytes)
+    dram = device.dram.latency + touched / device.dram.bandwidth
+    return np.maximum(dram, flash) if device.overlap else dram + flash

@@ -1,0 +1,248 @@
+"""A token's way through our engine, step by step, with the costs that a probe measured.
+
+The steps and their order are those of docs/streaming.md; what overlaps there overlaps here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dipnet.sim.device import EngineCosts, Tier
+from dipnet.sim.shape import ModelShape
+from dipnet.store.geometry import Weights, column_stride, padded_outputs, record_bytes
+
+READ_BYTES = 128 << 10
+"""The engine's longest read: a longer run of neighbours is several (csrc/engine.cpp)."""
+BATCH = 64
+"""Records that the engine verifies and multiplies together when they have arrived."""
+RECALL = 0.7
+"""Share of the guesses that are right, where nobody measured it."""
+HEAD = "head"
+
+Array = NDArray[np.float64]
+Key = tuple[int, str]
+
+
+@dataclass
+class Group:
+    """The records of one group, and how many each of the (tokens,) finds, misses and reads.
+
+    ``early`` records were read ahead and are right; they are there at ``early_end``, in seconds
+    from the token's beginning.
+    """
+
+    layer: int
+    name: str
+    units: int
+    block: int
+    rows: int
+    stride: int
+    record_bytes: int
+    masked: bool
+    hits: Array
+    misses: Array
+    reads: Array
+    early: Array | float = 0.0
+    early_end: Array | float = 0.0
+
+    @property
+    def channels(self) -> int:
+        """The inputs of its product."""
+        return self.units * self.block
+
+    @property
+    def streamed(self) -> bool:
+        """Whether anything of it is ever read."""
+        return bool(self.misses.any())
+
+    def read(self, records: Array) -> tuple[Array, Array]:
+        """The reads and bytes of so many of the misses."""
+        size = records * self.record_bytes
+        share = np.divide(records, self.misses, out=np.zeros_like(size), where=self.misses > 0)
+        return np.maximum(self.reads * share, size / READ_BYTES), size
+
+
+def held_group(
+    layer: int, name: str, channels: int, rows: int, weights: Weights, density: float, like: Array
+) -> Group:
+    """A group in memory, of which each of the (tokens,) ``like`` wants a share ``density``.
+
+    A mask decides which, when it is not all.
+    """
+    stride = column_stride(weights, padded_outputs(rows))
+    hits, none = np.full_like(like, density * channels), np.zeros_like(like)
+    return Group(
+        layer=layer,
+        name=name,
+        units=channels,
+        block=1,
+        rows=rows,
+        stride=stride,
+        record_bytes=record_bytes(stride, 1),
+        masked=density < 1,
+        hits=hits,
+        misses=none,
+        reads=none,
+    )
+
+
+def pinned_groups(shape: ModelShape, weights: Weights, like: Array) -> list[Group]:
+    """Attention's groups and the head's: always in memory, wanted whole by the (tokens,) ``like``.
+
+    The head's layer is the number of layers.
+    """
+    of = shape.matrices
+    reads = of["q"][0] + of["k"][0] + of["v"][0]
+    head_inputs = min(shape.width, shape.other_weights // shape.vocabulary)
+    sizes = []
+    for layer in range(shape.layers):
+        sizes += [
+            (layer, "attn.in", of["q"][1], reads),
+            (layer, "attn.out", of["o"][1], of["o"][0]),
+        ]
+    if head_inputs:
+        sizes.append((shape.layers, HEAD, head_inputs, shape.vocabulary))
+    return [held_group(*size, weights, 1.0, like) for size in sizes]
+
+
+class Walk:
+    """One walk for all tokens at once: every time is (tokens,) seconds from a token's beginning."""
+
+    def __init__(
+        self,
+        flash: Tier,
+        costs: EngineCosts,
+        shape: ModelShape,
+        weights: Weights,
+        groups: Mapping[Key, Group],
+        past: Array,
+    ) -> None:
+        self.flash = flash
+        self.costs = costs
+        self.shape = shape
+        self.groups = groups
+        self.attending = costs.key * shape.kv_width * past
+        self.ordered = weights == "bf16"
+        self.now = np.zeros_like(past)
+        self.disk = np.zeros_like(past)  # when it has done all that it was asked for
+        resident = sum(float((g.hits * g.record_bytes).mean()) for g in groups.values())
+        largest = max(group.record_bytes for group in groups.values())
+        self.held = costs.multiplying(weights, resident)
+        self.arrived = costs.multiplying(weights, BATCH * largest)
+        self.frame_bytes = costs.frame_bytes // 2 // largest * largest
+        self.rate = self._rate()
+
+    def _rate(self) -> float:
+        """Bytes/s of the disk while it reads."""
+        streamed = [group for group in self.groups.values() if group.streamed]
+        asked = [group.read(group.misses) for group in streamed]
+        took = sum(float(self.flash.seconds(reads, size).sum()) for reads, size in asked)
+        return sum(float(size.sum()) for _, size in asked) / took if took else 0.0
+
+    def token(self, recall: Mapping[str, float] | None) -> Array:
+        """(tokens,) seconds; ``recall`` by the sites' name when it reads ahead, None: it does not.
+
+        A walker walks once.
+        """
+        self.recall = recall
+        self.now += self.costs.token + self.costs.logit * self.shape.vocabulary
+        for layer in range(self.shape.layers):
+            self._layer(layer)
+        if head := self.groups.get((self.shape.layers, HEAD)):
+            self._call(head)
+        return self.now
+
+    def _layer(self, layer: int) -> None:
+        costs, shape = self.costs, self.shape
+        reads = self.groups.get((layer, "mlp.in")) or self.groups.get((layer, "mlp.neuron"))
+        hidden = self.groups.get((layer, "mlp.hidden"))
+        if reads:
+            self._read_ahead(reads, self._before_mlp(layer, reads))
+        self._call(self.groups[layer, "attn.in"])
+        self.now += costs.layer + costs.number * shape.width + self.attending
+        self._call(self.groups[layer, "attn.out"])
+        if reads:
+            self._call(reads, hidden)
+        self.now += costs.number * shape.matrices["down"][1]
+        if hidden:
+            follows = self.groups.get((layer + 1, "mlp.in"))
+            self._call(hidden, None if follows is None or follows.masked else follows)
+
+    def _before_mlp(self, layer: int, reads: Group) -> Array:
+        """Seconds from the guess of the MLP's input to its request: attention."""
+        inside = (self.groups[layer, name] for name in ("attn.in", "attn.out"))
+        taken = self.costs.layer + self.costs.number * self.shape.width + self.attending
+        return taken + sum(self._all_held(group) for group in inside) + self._selecting(reads)
+
+    def _selecting(self, group: Group) -> float:
+        return self.costs.selection + self.costs.unit * group.units if group.masked else 0.0
+
+    def _calling(self, group: Group) -> float:
+        costs = self.costs
+        return costs.call + costs.channel * group.channels + costs.row * group.rows
+
+    def _multiplying(self, group: Group, records: Array, cost: tuple[float, float]) -> Array:
+        column, byte = cost
+        return records * group.block * (column + byte * group.stride)
+
+    def _all_held(self, group: Group) -> Array:
+        held = self._multiplying(group, group.hits, self.held)
+        return self._selecting(group) + self._calling(group) + held
+
+    def _read_ahead(self, group: Group, idle: Array) -> None:
+        """Read guessed records, as many as the disk brings in the ``idle`` time."""
+        if self.recall is None or not group.streamed:
+            return
+        most = np.full_like(self.now, self.frame_bytes / group.record_bytes)
+        right = 1.0
+        if group.masked:
+            right = self.recall.get(group.name, RECALL)
+            self.now += self._selecting(group)
+            most = np.minimum(most, idle * self.rate / group.record_bytes)
+        records = np.minimum(group.misses, most)
+        reads, size = group.read(records)
+        self.disk = np.maximum(self.now, self.disk) + self.flash.seconds(reads, size)
+        self.now += reads * self.costs.submit
+        group.early, group.early_end = right * records, self.disk
+
+    def _call(self, group: Group, ahead: Group | None = None) -> None:
+        """The product of one group; ``ahead`` is guessed while its records arrive."""
+        costs = self.costs
+        self.now += self._selecting(group) + self._calling(group)
+        if group.streamed and group.masked:
+            self.now += costs.exchange
+        multiplied = self._multiplying(group, group.hits, self.held)
+        if not group.streamed:
+            self.now += multiplied
+            return
+        missing = group.misses - group.early
+        reads, size = group.read(missing)
+        asked = np.maximum(self.now, self.disk)
+        there = np.where(missing > 0, asked + self.flash.seconds(reads, size), 0.0)
+        self.disk = np.maximum(self.disk, there)
+        there = np.maximum(there, group.early_end)
+        self.now += reads * costs.submit
+        arriving = self._multiplying(group, group.misses, self.arrived) + reads * costs.land
+        arriving += group.misses * group.record_bytes / costs.check
+        last = np.minimum(1.0, BATCH / np.maximum(group.misses, 1.0))
+        if self.ordered:  # float sums wait for the first record before they multiply the second
+            arriving += multiplied
+            last = np.minimum(1.0, BATCH / np.maximum(group.hits + group.misses, 1.0))
+        else:
+            self.now += multiplied
+        if ahead is not None:
+            self._guess_meanwhile(ahead)
+        self.now = np.maximum(self.now + arriving, there + last * arriving)
+
+    def _guess_meanwhile(self, group: Group) -> None:
+        """Guess another group from what is there: for the neurons, their activation as it is."""
+        if self.recall is None or not group.streamed or (group.masked and self.ordered):
+            return
+        made = self.costs.number * group.channels + self.costs.row * group.channels
+        if group.masked:
+            self.now += made
+        self._read_ahead(group, made + np.full_like(self.now, self._selecting(group)))

@@ -1,0 +1,227 @@
+"""What the engine's own steps cost here: products, calls, the check of records.
+
+Measured with the native engine on records of random weights, a region of the scratch file for each
+kind of weights and each length of a column. Sites that read the same region hold copies of it, so
+that more memory is in use than the file has.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dipnet.sim.device import Product
+from dipnet.store.checksum import record_checksums, seal
+from dipnet.store.geometry import (
+    GROUP_ALIGNMENT,
+    WEIGHTS,
+    Weights,
+    column_stride,
+    record_bytes,
+    round_up,
+    weight_bytes,
+)
+from dipnet.streaming.engine import DEPTH, FRAME_BYTES, default_threads
+from dipnet.streaming.probe_disk import undisturbed
+
+REGION_BYTES = 4 << 20
+OUTPUTS = (512, 2048, 8192)
+"""Lengths of the columns: those of a tiny model, and of one with some billions of weights."""
+KEPT = 0.5
+"""The masks' density."""
+MASKS = 8
+COPIES = (1, 20)
+"""Regions that are multiplied in turn: as many as a core's own cache holds, and far more."""
+CALLS = 60
+
+
+@dataclass(frozen=True)
+class Region:
+    """Records of ``outputs`` weights, ``units`` of them from ``offset`` on."""
+
+    weights: Weights
+    outputs: int
+    offset: int
+
+    @property
+    def stride(self) -> int:
+        """Bytes of a column."""
+        return column_stride(self.weights, self.outputs)
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of a record, which is one column."""
+        return record_bytes(self.stride, 1)
+
+    @property
+    def units(self) -> int:
+        """The number of records."""
+        return REGION_BYTES // self.record_bytes
+
+
+def regions() -> list[Region]:
+    """All that the scratch file begins with."""
+    made: list[Region] = []
+    end = 0
+    for weights in WEIGHTS:
+        for outputs in OUTPUTS:
+            made.append(Region(weights, outputs, end))
+            end = round_up(end + REGION_BYTES, GROUP_ALIGNMENT)
+    return made
+
+
+def write_regions(file: BinaryIO, rng: np.random.Generator) -> None:
+    """Write the records of all regions to the beginning of a file."""
+    for region in regions():
+        records = np.zeros((region.units, region.record_bytes), np.uint8)
+        used = weight_bytes(region.weights, region.outputs)
+        records[:, : region.stride] = rng.integers(0, 256, (1, region.stride), np.uint8)
+        if region.weights == "bf16":  # random bits would be NaN here and there
+            values = rng.standard_normal((1, region.outputs), np.float32).view(np.uint32) >> 16
+            records[:, :used] = values.astype(np.uint16).view(np.uint8)
+        seal(records, group=0, first_unit=0)
+        file.seek(region.offset)
+        file.write(records.tobytes())
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of the engine's steps, as `EngineCosts` has them."""
+
+    call: float
+    channel: float
+    row: float
+    check: float
+    products: dict[Weights, tuple[Product, ...]]
+
+
+def probe_records(path: Path) -> Iterator[Costs | None]:
+    """Measure all costs, yielding None after each part of the work and the costs at its end."""
+    measured = []
+    products: dict[Weights, tuple[Product, ...]] = {}
+    for weights in WEIGHTS:
+        ours = [region for region in regions() if region.weights == weights]
+        points = []
+        for copies in COPIES:
+            runs = [_Run(path, region, copies) for region in ours]
+            measured += [(run.region, run.rest) for run in runs if copies == 1]
+            points.append(_product(runs))
+            yield None
+        products[weights] = tuple(points)
+    call, channel, row = fitted(
+        [(1.0, region.units, region.outputs) for region, _ in measured],
+        [rest for _, rest in measured],
+    )
+    yield Costs(call, channel, row, _checking(), products)
+
+
+def _product(runs: Sequence[_Run]) -> Product:
+    """The line through columns of several lengths."""
+    column, byte = fitted(
+        [(1.0, run.region.stride) for run in runs], [run.kernel / run.wanted for run in runs]
+    )
+    working = statistics.mean(run.copies * run.wanted * run.region.stride for run in runs)
+    return Product(working_bytes=round(working), column=column, bandwidth=1 / max(byte, 1e-15))
+
+
+def fitted(terms: Sequence[tuple[float, ...]], values: Sequence[float]) -> list[float]:
+    """Coefficients, none below 0, with which the sums of ``terms`` come closest to ``values``.
+
+    Errors count relative to the values.
+    """
+    scale = 1 / np.asarray(values)
+    table = np.asarray(terms) * scale[:, None]
+    kept = list(range(table.shape[1]))
+    while True:
+        found = np.linalg.lstsq(table[:, kept], np.ones(len(table)), rcond=None)[0]
+        if (found >= 0).all():
+            break
+        kept = [at for at, value in zip(kept, found, strict=True) if value > 0]
+    made = dict(zip(kept, found.tolist(), strict=True))
+    return [made.get(at, 0.0) for at in range(table.shape[1])]
+
+
+class _Sites:
+    """A native engine with some sites on one region, and what a token asks of them."""
+
+    def __init__(self, path: Path, region: Region, copies: int) -> None:
+        from dipnet import _native
+
+        self.region = region
+        self.engine = _native.Engine(
+            str(path),
+            depth=DEPTH,
+            backend="auto",
+            threads=default_threads(),
+            frame_bytes=FRAME_BYTES,
+            largest_record=region.record_bytes,
+        )
+        scale = None if region.weights == "bf16" else np.ones(region.units, np.float32)
+        self.sites = [self._add(scale) for _ in range(copies)]
+        for site in self.sites:
+            self.engine.access(site, np.ones(region.units, bool))
+            self.engine.load(site)
+        rng = np.random.default_rng(0)
+        self.masks = rng.random((MASKS, 1, region.units)) < KEPT
+        self.x = rng.standard_normal((1, region.units)).astype(np.float32)
+        self.y = np.empty((1, region.outputs), np.float32)
+
+    def _add(self, scale: NDArray[np.float32] | None) -> int:
+        region = self.region
+        return self.engine.add(
+            kind=region.weights,
+            channels=region.units,
+            block=1,
+            outputs=region.outputs,
+            rows=region.outputs,
+            stride=region.stride,
+            record_bytes=region.record_bytes,
+            offset=region.offset,
+            group=0,
+            scale=scale,
+            slots=region.units,
+            policy="lfu",
+        )
+
+    def call(self, number: int) -> tuple[float, float]:
+        """One product: its seconds in the kernels, and all others."""
+        site, mask = self.sites[number % len(self.sites)], self.masks[number % MASKS]
+        self.engine.access(site, mask[0])
+        before = self.engine.totals(site)["kernels"]
+        start = time.perf_counter()
+        self.engine.begin(site, self.x, mask)
+        self.engine.finish(self.y)
+        took = time.perf_counter() - start
+        kernel = self.engine.totals(site)["kernels"] - before
+        return kernel, took - kernel
+
+
+class _Run:
+    """Products with records that are all in memory, ``copies`` of a region in turn."""
+
+    def __init__(self, path: Path, region: Region, copies: int) -> None:
+        sites = _Sites(path, region, copies)
+        calls = [sites.call(number) for number in range(copies + CALLS)][copies:]
+        self.region = region
+        self.copies = copies
+        self.wanted = float(sites.masks.sum() / MASKS)
+        self.kernel = undisturbed([kernel for kernel, _ in calls])
+        self.rest = undisturbed([rest for _, rest in calls])
+
+
+def _checking() -> float:
+    """Bytes/s of records that all threads together compare with their checksums."""
+    records = np.ones((REGION_BYTES >> 12, 4096), np.uint8)
+    took = []
+    for _ in range(MASKS):
+        start = time.perf_counter()
+        record_checksums(records, group=0, first_unit=0)
+        took.append(time.perf_counter() - start)
+    return records.nbytes / undisturbed(took) * default_threads()
