@@ -265,9 +265,10 @@ def main() -> None:
             device = probed(folder)
             for setting, result in results.items():
                 result.predicted.append(predicted(setting, result, device))
-                result.texts += [
-                    decode(setting, args.tokens)[1].token_seconds for _ in range(TEXTS)
-                ]
+                for _ in range(TEXTS):
+                    result.texts.append(decode(setting, args.tokens)[1].token_seconds)
+                figures = f"{result.predicted[-1]:.1f} predicted, {result.measured:.1f} measured"
+                print(f"{setting.name}: {figures}", file=sys.stderr, flush=True)
         show(results)
     close = sum(abs(result.error) <= WITHIN for result in results.values())
     print(f"{close} of {len(results)} within {percent(WITHIN)}")

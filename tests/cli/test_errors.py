@@ -41,7 +41,7 @@ def test_density(error: Error, llama: str, text: str, command: str, density: str
 def test_unknown_method(error: Error) -> None:
     for arguments in (("run", *PROMPT), ("eval",)):
         message = error(*arguments, "--method", "wande")
-        assert "unknown method 'wande'. Did you mean 'wanda'? Known: cats, dense" in message
+        assert "unknown method 'wande'. Did you mean 'wanda'? Known: cats, cett" in message
         assert "docs/adding-a-method.md" in message
 
 

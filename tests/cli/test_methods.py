@@ -41,7 +41,7 @@ def test_options(text: str, density: float | None, method: Method) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("dpi", "unknown method 'dpi'. Did you mean 'dip'\\? Known: cats, dense, dip"),
+        ("dpi", "unknown method 'dpi'. Did you mean 'dip'\\? Known: cats, cett, dejavu"),
         ("DIP", "unknown method 'DIP'. Did you mean 'dip'"),
         ("dip:splt=1", r"'splt=1' is no option of dip; .* split \(a number\)"),
         ("dip:split", "'split' is no option of dip; write dip:key=value"),

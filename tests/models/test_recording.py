@@ -24,10 +24,18 @@ from dipnet.models.recording import method_text, model_shape
 from dipnet.sim.trace import Trace, open_trace
 from tests.families import every_family, random_tokens, tiny
 from tests.matrix import logits
+from tests.predicted import predictors
 
 TOKENS = random_tokens(2, 9)
 METHOD = DIP(input_density=0.5, hidden_density=0.25)
-PLACES = {"mlp.in": "up", "mlp.hidden": "down", "attn.in": "q", "attn.out": "o"}
+PLACES = {
+    "mlp.in": "up",
+    "mlp.hidden": "down",
+    "mlp.neuron": "down",
+    "attn.in": "q",
+    "attn.out": "o",
+    "attn.head": "o",
+}
 
 
 @contextmanager
@@ -89,6 +97,33 @@ def test_other_methods(method: Method, tmp_path: Path) -> None:
     assert trace.sites[0].matrices == expected
     neurons = {(layer, name): inputs[layer, "mlp.hidden"] for layer, name in inputs}
     check(trace, neurons)
+
+
+@every_family
+def test_neurons_and_heads(family: str, tmp_path: Path) -> None:
+    method = dipnet.RandomMasks(0.3, 0.5)
+    with dipnet.sparsify(tiny(family), method) as model, seen(model) as inputs:
+        with dipnet.record(model, tmp_path / "t"):
+            logits(model, TOKENS)
+        spec = dipnet.describe(model)
+    trace = open_trace(tmp_path / "t")
+    assert trace.method == "random:mlp_density=0.3,head_density=0.5"
+    heads, neurons = trace.sites[:2]
+    assert (heads.key, heads.units, heads.block) == ((0, "attn.head"), spec.heads, spec.head_size)
+    share = spec.weights("q") // spec.heads
+    own = "qkvo" if spec.matrices["k"] == spec.matrices["q"] else "qo"  # the rest is a group's
+    assert heads.matrices == dict.fromkeys(own, share)
+    assert neurons.weights_per_unit * neurons.units == spec.mlp_weights
+    check(trace, inputs)
+
+
+def test_a_trace_names_the_predictors(tmp_path: Path) -> None:
+    predictors("llama").save(tmp_path / "p")
+    method = dipnet.DejaVu(0.5, predictors=tmp_path / "p")
+    with dipnet.sparsify(tiny("llama"), method) as model, dipnet.record(model, tmp_path / "t"):
+        logits(model, TOKENS)
+    found = open_trace(tmp_path / "t").method
+    assert found == f"dejavu:mlp_density=0.5,predictors={tmp_path / 'p'}"
 
 
 def test_padding_and_dense_prompts_are_left_out(tmp_path: Path) -> None:

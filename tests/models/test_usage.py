@@ -11,7 +11,7 @@ from dipnet.methods.base import Method
 from dipnet.models.families import describe
 from dipnet.models.usage import Density
 from tests.families import random_tokens, shared
-from tests.matrix import calibrated, logits
+from tests.matrix import calibrated, linear_inputs, logits
 
 TOKENS = random_tokens(2, 6)
 SPEC = describe(shared("llama"))  # 24 channels, 52 neurons
@@ -57,6 +57,51 @@ def test_attention_counts_apart() -> None:
     assert density_of(DIP(0.5, attention_density=0.75)).attention == pytest.approx(0.75)
 
 
+def test_heads_share_the_keys_and_values_of_their_group() -> None:
+    """Four heads of ten channels in two groups; all four matrices are of known sizes."""
+    spec = describe(shared("qwen3"))
+    q, k, v, o = (spec.weights(matrix) for matrix in "qkvo")
+    model = shared("qwen3")
+    for heads in range(1, 5):
+        with dipnet.sparsify(model, dipnet.DejaVuOracle(head_density=heads / 4)):
+            with linear_inputs(model) as inputs:
+                logits(model, TOKENS)
+            density = dipnet.usage(model).density()
+        kept = [x[0].unflatten(-1, (4, 10)).any(-1) for x in inputs if x[0].shape[-1] == 40]
+        assert len(kept) == 2  # the output projection of each layer
+        groups = [mask.unflatten(-1, (2, 2)).any(-1).double().mean().item() for mask in kept]
+        read = [heads / 4 * (q + o) + share * (k + v) for share in groups]
+        expected = [weights / spec.attention_weights for weights in read]
+        assert density.attention_by_layer == pytest.approx(expected)
+        assert density.sites == {f"{layer}.attn.head": heads / 4 for layer in (0, 1)}
+        assert density.mlp == 1
+
+
+def test_heads_of_their_own() -> None:
+    density = density_of(dipnet.DejaVuOracle(0.2, 1 / 3), "opt")
+    assert density.attention == pytest.approx(1 / 3)
+    assert density.mlp == pytest.approx(12 / 60)
+
+
+def test_padding_and_dense_prompts_count_no_head() -> None:
+    attended = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
+    model = shared("qwen3")
+    with dipnet.sparsify(model, dipnet.DejaVuOracle(head_density=0.25), prefill=2):
+        logits(model, TOKENS, attention_mask=attended)
+        density = dipnet.usage(model).density()
+    assert density.tokens == 1 + 3
+    spec = describe(model)
+    read = spec.weights("q", "o") / 4 + spec.weights("k", "v") / 2
+    assert density.attention == pytest.approx(read / spec.attention_weights)
+
+
+def test_layers_that_stay_dense_are_dense() -> None:
+    density = density_of(dipnet.DejaVuOracle(0.25, 1 / 3, dense_first=1))
+    assert density.mlp_by_layer == pytest.approx((1, 13 / 52))
+    assert density.attention_by_layer[0] == 1
+    assert density.attention_by_layer[1] < 0.6
+
+
 def test_by_layer() -> None:
     """The second layer keeps everything: its thresholds are below every score."""
     fitted = calibrated("llama", "teal")
@@ -81,7 +126,17 @@ def test_total_is_a_share_of_all_that_a_token_reads() -> None:
 
 @pytest.mark.parametrize(
     ("name", "numbers"),
-    [("cats", 2), ("teal", 8), ("wina", 2 * (24 + 24 + 24 + 52)), ("wanda", 2 * 234)],
+    [
+        ("cats", 2),
+        ("teal", 8),
+        ("wina", 2 * (24 + 24 + 24 + 52)),
+        ("wanda", 2 * 234),
+        ("dejavu", 2 * (2 * (5 * 24 + 5) + 52 * 6 + 3 * 6)),
+        ("dejavu-heads", 5 * 24 + 5 + 3 * 6),
+        ("dejavu-oracle", 0),
+        ("cett", 0),
+        ("random", 0),
+    ],
 )
 def test_what_the_method_reads_itself_is_in_the_total(name: str, numbers: int) -> None:
     density = density_of(calibrated("llama", name))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from dipnet.adapt.trials import Increase, Setup, Trials
 from dipnet.methods.dip import RELU_SPLIT, SMOOTH_SPLIT
 from dipnet.sim.scenario import Figures
-from dipnet.streaming.budget import CACHED
+from dipnet.streaming.packed import block_of
 
 GAMMAS = (None, 0.5, 0.2)
 DENSITIES = tuple(number / 40 for number in range(6, 40))
@@ -28,16 +28,16 @@ WORTHWHILE = 1.01
 
 @dataclass(frozen=True)
 class Candidate:
-    """A setting that was tried, and what it comes to; `remark` says why it is no choice.
+    """A setting that was tried, and what it comes to.
 
-    ``density`` None is the dense model. Without ``figures`` nothing that was tried kept the bound.
+    ``density`` None is the dense model. Without ``figures`` it does not keep the bound, and the
+    setup does at no density that was worth a trial.
     """
 
     setup: Setup
     density: float | None
     increase: Increase
     figures: Figures | None
-    remark: str = ""
 
     @property
     def speed(self) -> float:
@@ -96,101 +96,86 @@ def lowest(inside: Callable[[int], bool], guess: int, count: int) -> int | None:
 class _Search:
     def __init__(self, trials: Trials) -> None:
         self.trials = trials
-        task = trials.task
-        self.block = task.index.groups[3].block
+        self.usual = Setup(block_of(trials.task.index))
+        self.streaming = trials.streaming
         self.found: list[Candidate] = []
+        self.best: Candidate | None = None
 
     def run(self) -> Choice:
         dense = self._dense()
-        self.best = dense
-        for gamma in GAMMAS if self._streaming else GAMMAS[:1]:
-            self._lowest(Setup(self.block, gamma), self._guess())
-        if self.best.density is not None:
-            for setup in self._splits():
-                self._lower(setup)
-            if self._streaming:
-                self._caches()
-        if self._streaming:
-            self._blocks()
-        return Choice(tuple(self.found), self.best)
-
-    @property
-    def _streaming(self) -> bool:
-        """Whether any record is read from disk."""
-        index, spec = self.trials.task.index, self.trials.task.shapes[0]
-        slots = self.trials.slots(Setup(self.block), None, index, spec)
-        return any(slots[g.key] < g.units for g in index.groups if g.name in CACHED)
+        for gamma in GAMMAS if self.streaming else GAMMAS[:1]:
+            self._lowest(replace(self.usual, gamma=gamma))
+        if self.best is not None:
+            for split in self._splits():
+                self._lower(replace(self.best.setup, split=split))
+            if self.streaming:
+                self._retake(replace(self.best.setup, policy="lru"))
+                self._retake(replace(self.best.setup, cache_split="even"))
+                self._blocks(self.best.setup.block)
+        best = self.best
+        pays = best is not None and best.speed > WORTHWHILE * dense.speed
+        return Choice((dense, *self.found), best if pays and best else dense)
 
     def _dense(self) -> Candidate:
-        setup = Setup(self.block)
         _ = self.trials.dense
-        made = Candidate(setup, None, Increase(0.0, 0.0, 0.0), self.trials.figures(setup))
-        self.found.append(made)
-        return made
+        figures = self.trials.figures(self.usual)
+        return Candidate(self.usual, None, Increase(0.0, 0.0, 0.0), figures)
 
-    def _guess(self) -> int:
-        known = [c.density for c in self.found if c.density is not None and c.figures]
-        return DENSITIES.index(known[-1]) if known else FIRST_GUESS
-
-    def _lowest(self, setup: Setup, guess: int) -> Candidate:
-        """The setup at the lowest density that keeps the bound."""
+    def _lowest(self, setup: Setup) -> Candidate:
+        """Add the setup at the lowest density that keeps the bound."""
+        known = [DENSITIES.index(c.density) for c in self.found if c.density and c.figures]
+        guess = known[-1] if known else FIRST_GUESS
         at = lowest(lambda at: self._inside(setup, at), guess, len(DENSITIES))
-        return self._take(setup, DENSITIES[-1] if at is None else DENSITIES[at])
+        return self._add(setup, DENSITIES[-1] if at is None else DENSITIES[at])
 
     def _lower(self, setup: Setup) -> None:
-        """The setup, where it can have a lower density than the best: else it cannot be faster."""
+        """Add the setup at a lower density than the best one's: else it cannot be faster."""
+        assert self.best is not None
         assert self.best.density is not None
-        at = DENSITIES.index(self.best.density) - 1
-        if at >= 0 and self._inside(setup, at):
+        at = max(DENSITIES.index(self.best.density) - 1, 0)
+        if self._inside(setup, at):
             at = lowest(lambda at: self._inside(setup, at), at, at + 1) or 0
-        self._take(setup, DENSITIES[max(at, 0)])
+        self._add(setup, DENSITIES[at])
+
+    def _retake(self, setup: Setup) -> None:
+        """Add the setup at the best one's density."""
+        assert self.best is not None
+        assert self.best.density is not None
+        self._add(setup, self.best.density)
 
     def _inside(self, setup: Setup, at: int) -> bool:
         trial = self.trials.trial(setup, DENSITIES[at])
-        if trial.trace is not None and self.trials.recall is None and self._streaming:
+        if trial.trace is not None and self.trials.recall is None and self.streaming:
             self.trials.learn_recall(setup, DENSITIES[at])
         return trial.trace is not None
 
-    def _take(self, setup: Setup, density: float) -> Candidate:
+    def _add(self, setup: Setup, density: float) -> Candidate:
         """Put a candidate in the list, and keep it as the best if it is."""
         trial = self.trials.trial(setup, density)
         figures = None if trial.trace is None else self.trials.figures(setup, density)
         made = Candidate(setup, density, trial.increase, figures)
         self.found.append(made)
-        if made.speed > WORTHWHILE * self.best.speed or (
-            made.speed > self.best.speed and self.best.density is not None
-        ):
+        if figures and (self.best is None or made.speed > WORTHWHILE * self.best.speed):
             self.best = made
-        self._forget()
+        if self.best is not None and self.best.density is not None:
+            self.trials.forget(self.trials.trial(self.best.setup, self.best.density))
         return made
 
-    def _forget(self) -> None:
-        """Only the best one's trace is needed again."""
-        best = self.best
-        kept = None if best.density is None else self.trials.trial(best.setup, best.density)
-        self.trials.forget(kept)
-
-    def _splits(self) -> Iterator[Setup]:
+    def _splits(self) -> Iterator[float]:
         relu = self.trials.task.index.activation == "relu"
         usual = RELU_SPLIT if relu else SMOOTH_SPLIT
         for factor in SPLIT_FACTORS:
-            yield replace(self.best.setup, split=round(usual * factor, 1))
+            yield round(usual * factor, 1)
 
-    def _caches(self) -> None:
-        """The best with other rules for its caches, at its own density."""
-        for change in ({"policy": "lru"}, {"cache_split": "even"}):
-            best = self.best
-            assert best.density is not None
-            self._take(replace(best.setup, **change), best.density)
-
-    def _blocks(self) -> None:
-        """Larger records while they are faster, else smaller ones."""
-        for larger in (True, False):
-            block = self.best.setup.block
-            improved = True
-            while improved:
-                block = block * 2 if larger else block // 2
-                if block not in self.trials.task.blocks:
+    def _blocks(self, usual: int) -> None:
+        """Larger records as long as they are faster; smaller ones where larger ones are not."""
+        for factor in (2, 0.5):
+            block = int(usual * factor)
+            while block in self.trials.task.blocks:
+                assert self.best is not None
+                made = self._lowest(replace(self.best.setup, block=block))
+                if made is not self.best:
                     break
-                made = self._lowest(replace(self.best.setup, block=block), self._guess())
-                improved = made is self.best
+                block = int(block * factor)
+            if self.best is not None and self.best.setup.block != usual:
+                return

@@ -32,9 +32,11 @@ from dipnet.sim.shape import ModelShape
 from dipnet.sim.sizes import Split
 from dipnet.sim.target import Key, own_target
 from dipnet.sim.trace import open_trace
-from dipnet.store.index import Index, read_index
+from dipnet.store.index import Group, Index, read_index
 from dipnet.streaming.budget import CACHED, divide
 from dipnet.streaming.load import densities, fitted_method, load
+from dipnet.streaming.packed import block_of
+from dipnet.streaming.plan import Policy
 from dipnet.units import ModelSpec
 
 ERRORS = 2.0
@@ -52,7 +54,7 @@ class Setup:
     block: int
     gamma: float | None = None
     split: float | None = None
-    policy: str = "lfu"
+    policy: Policy = "lfu"
     cache_split: Split = "wanted"
 
     def method(self, density: float | None) -> Method:
@@ -148,14 +150,19 @@ class Trials:
         self._started = started
         self._progress = progress
         self._known: dict[object, Trial] = {}
-        self._stores = {task.index.groups[3].block: task.store}
+        self._stores = {block_of(task.index): task.store}
 
     @cached_property
     def dense(self) -> tuple[float, ...]:
         """The dense model's losses, which no cache changes."""
         self._started("dense")
-        model = self._load(Setup(self.task.index.groups[3].block), None)
+        model = self._load(Setup(block_of(self.task.index)), None)
         return tuple(self._losses(model))
+
+    @property
+    def dense_perplexity(self) -> float:
+        """The dense model's perplexity on the text."""
+        return math.exp(statistics.fmean(self.dense))
 
     def trial(self, setup: Setup, density: float) -> Trial:
         """Evaluate a setup at a density; what does not change its masks does not repeat it."""
@@ -173,7 +180,7 @@ class Trials:
         target = own_target(shape, trace.sites if trace else ())
         slots = self.slots(setup, density, index, spec)
         needs = Needs.of(target, index.weights, self.task.context)
-        held = sum(slots[group.key] * group.record_bytes for group in _cached(index))
+        held = sum(slots[key] * group.record_bytes for key, group in _cached(index).items())
         how = Scenario(needs.fixed + held, setup.policy, index.weights, self.task.context)
         made = run(target, how, trace, tokens=self._tokens(), slots=slots)
         return replace(made, recall=self.recall).on(self.task.device)
@@ -185,7 +192,15 @@ class Trials:
         method = fitted_method(setup.method(density), index, spec)
         shares = densities(method, index, spec)
         divided = divide(index, self.task.room, shares, setup.cache_split)
-        return {group.key: divided[group.key] for group in _cached(index)}
+        return {key: divided[key] for key in _cached(index)}
+
+    @cached_property
+    def streaming(self) -> bool:
+        """Whether any record is read from disk while tokens are decoded."""
+        setup = Setup(block_of(self.task.index))
+        slots = self.slots(setup, None, self.task.index, self.task.shapes[0])
+        groups = _cached(self.task.index)
+        return any(slots[key] < group.units for key, group in groups.items())
 
     def store(self, block: int) -> Path:
         """The store with records of so many neurons; made when it is first asked for."""
@@ -273,8 +288,10 @@ def _masks(setup: Setup, density: float, *, streaming: bool) -> object:
     return setup, density
 
 
-def _cached(index: Index) -> list:
-    return [group for group in index.groups if group.name in CACHED]
+def _cached(index: Index) -> dict[Key, Group]:
+    """The groups whose records may be streamed."""
+    groups = [group for group in index.groups if group.name in CACHED]
+    return {(group.layer, group.name): group for group in groups if group.layer is not None}
 
 
 def check_windows(count: int, window: int) -> None:

@@ -18,6 +18,7 @@ from dipnet.cli.fit import fit_split
 from dipnet.cli.info import info
 from dipnet.cli.options import FLAG
 from dipnet.cli.pack import pack
+from dipnet.cli.plan import plan
 from dipnet.cli.probe import probe
 from dipnet.cli.run import run
 from dipnet.cli.simulate import simulate
@@ -121,6 +122,7 @@ app.command("check", cls=Command)(check)
 app.command("fit-split", cls=Command)(fit_split)
 app.command("simulate", cls=Command)(simulate)
 app.command("probe", cls=Command)(probe)
+app.command("plan", cls=Command)(plan)
 app.command("demo", cls=Command)(demo)
 
 

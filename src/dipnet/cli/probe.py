@@ -44,7 +44,7 @@ def probe(
     quiet_libraries()
     from dipnet.eval.probe import probe as measure
 
-    with _progress() as progress:
+    with probe_progress() as progress:
         device = measure(folder, file.stem if file and file.stem else "probed", progress)
     text = json_text(device.model_dump(mode="json"))
     if file is not None:
@@ -58,7 +58,8 @@ def probe(
 
 
 @contextmanager
-def _progress() -> Iterator[Progress]:
+def probe_progress() -> Iterator[Progress]:
+    """A bar on a terminal for what `dipnet.eval.probe.probe` says of its progress."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     bar = Progress(

@@ -25,6 +25,7 @@ from dipnet.cli.options import (
     Model,
     Seed,
 )
+from dipnet.cli.planned import PlanFile, planned
 from dipnet.cli.streamed import (
     STORES,
     Memory,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from dipnet.streaming.stats import Stats
 
 SCHEMA = "dipnet.run/1"
+DEFAULT_METHOD = "dip"
 DEFAULT_DENSITY = 0.5
 
 
@@ -82,7 +84,10 @@ def run(
     chat: Annotated[
         bool, typer.Option("--chat", metavar=FLAG, help="Apply the chat template")
     ] = False,
-    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "dip",
+    method: Annotated[
+        str | None,
+        typer.Option(help=f"{METHOD_HELP}; default: {DEFAULT_METHOD}", show_default=False),
+    ] = None,
     density: Annotated[
         float | None,
         typer.Option(help=f"{DENSITY_HELP}; default {DEFAULT_DENSITY}", show_default=False),
@@ -115,6 +120,7 @@ def run(
     policy: Policy = None,
     no_look_ahead: NoLookAhead = False,
     weights: Weights = None,
+    plan: PlanFile = None,
     trace: Trace = None,
     trace_scores: TraceScores = False,
     json: Json = False,
@@ -131,12 +137,16 @@ def run(
     Example: dipnet run qwen3.dipnet --memory 1GiB --prompt "Once upon a time"
     """
     tracing = Tracing(trace, trace_scores)
-    request = parse_method(method)
-    planned = _plan(request, density)
+    streaming = Streaming(memory, cache, policy, not no_look_ahead, weights)
+    if plan:
+        request, streaming = planned(plan, streaming, method, density)
+        density = None  # it is in the request
+    else:
+        request = parse_method(method or DEFAULT_METHOD)
+    built = _plan(request, density)
     text = _prompt(prompt, prompt_file)
     quiet_libraries()
     sampling = _sampling(temperature, top_p, seed)
-    streaming = Streaming(memory, cache, policy, not no_look_ahead, weights)
     streams = streaming.streams(model, device, dtype)
     streaming.check([request])
     if streams and calibration:
@@ -146,11 +156,9 @@ def run(
         fitted_on = calibration_text(model, calibration)
         loaded = load(model, device, dtype)
         tokens = _encode(loaded, text, chat)
-        chosen = _ready(loaded, planned, fitted_on)
+        chosen = _ready(loaded, built, fitted_on)
     else:
-        loaded, tokens, chosen = _open(
-            store, streaming, planned, text, chat, max_new_tokens, prefill
-        )
+        loaded, tokens, chosen = _open(store, streaming, built, text, chat, max_new_tokens, prefill)
     with _attached(loaded, chosen, prefill, store), tracing.record(loaded.model, loaded.name):
         outcome = _generate(loaded, tokens, max_new_tokens, sampling, store, show=not json)
     if trace:

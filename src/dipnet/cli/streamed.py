@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from dipnet.methods.base import Method
     from dipnet.models.load import LoadedModel
     from dipnet.models.tokens import Prefill
+    from dipnet.pack.plan import Block
+    from dipnet.streaming.plan import Plan
     from dipnet.streaming.stats import Stats
 
 
@@ -85,6 +87,7 @@ class Streaming:
     policy: str | None = None
     look_ahead: bool = True
     weights: Kind | None = None
+    plan: Plan | None = None
 
     @property
     def bounded(self) -> bool:
@@ -127,8 +130,9 @@ class Streaming:
         model = name or DEFAULT_MODEL
         if self.weights is None:
             return store_of(model, None)
+        block: Block = self.plan.block if self.plan else "auto"
         with byte_progress(f"packing {model}") as progress:
-            return store_of(model, self.weights.value, progress)
+            return store_of(model, self.weights.value, progress, block)
 
     def _check_unused(self, model: str, shares: bool) -> None:
         given = {
@@ -173,6 +177,7 @@ class Streaming:
                 policy=self.policy or DEFAULT_POLICY,
                 prefill=prefill,
                 look_ahead=self.look_ahead,
+                plan=self.plan,
             )
         return LoadedModel(str(store), model, tokenizer, weights)
 

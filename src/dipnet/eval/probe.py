@@ -161,7 +161,7 @@ def _dram_bandwidth() -> float:
 
 @dataclass(frozen=True)
 class _Timed:
-    """Seconds of a sample's token and of its masks alone, in memory; of masks while records come."""
+    """Seconds of a sample's token and of its masks alone, in memory, of masks when streaming."""
 
     sample: Sample
     shape: ModelShape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -16,8 +17,10 @@ from dipnet.methods.predictors import Kind, Predictors
 from dipnet.units import LOOK_AHEADS, ModelSpec, ScoredOn, Site, residual_place
 
 ALLOCATIONS = ("uniform", "scores")
-BISECTIONS = 60
-"""Halvings of [0, 1] until a threshold is found: the precision of a float64."""
+STEEPEST = 80.0
+"""Logits are compared within these bounds: their exponentials are ordinary float32 numbers."""
+BISECTIONS = 50
+"""Halvings of that interval until a threshold is found: far below a histogram's bin."""
 KIND_OF: dict[str, Kind] = {"mlp.neuron": "mlp", "attn.head": "head"}
 DENSITY_OF: dict[Kind, str] = {"mlp": "mlp_density", "head": "head_density"}
 
@@ -59,6 +62,8 @@ class DejaVu(NeuronsAndHeads):
                 f"unknown allocation {self.allocation!r} for {self.name}; known: "
                 f"{', '.join(ALLOCATIONS)}"
             )
+        if isinstance(self.predictors, Path):  # a file's name is told, where settings are told
+            object.__setattr__(self, "predictors", str(self.predictors))
         object.__setattr__(self, "fitted", self._load())
         if self.fitted is not None:
             self._check_predictors(self.fitted)
@@ -68,9 +73,9 @@ class DejaVu(NeuronsAndHeads):
         given, held = self.predictors, self.fitted
         if given is None or isinstance(given, Predictors):
             return given
-        if not isinstance(given, str | Path):
+        if not isinstance(given, str):
             raise InputError(f"predictors is a file of dipnet fit predictors, not {given!r}")
-        return held if held is not None and held.source == str(given) else Predictors.load(given)
+        return held if held is not None and held.source == given else Predictors.load(given)
 
     def _check_predictors(self, predictors: Predictors) -> None:
         if predictors.look_ahead != self.look_ahead:
@@ -123,7 +128,7 @@ class DejaVu(NeuronsAndHeads):
             return self
         self._ready()
         settings = {each.name: getattr(self, each.name) for each in fields(self)}
-        observed = _Probabilities(**{**settings, "layer_densities": None})
+        observed = _Odds(**{**settings, "layer_densities": None})
         scores = calibration.scores(observed)
         found: dict[SiteKey, float] = {}
         for name in KIND_OF:
@@ -148,32 +153,32 @@ class DejaVu(NeuronsAndHeads):
 
 
 @dataclass(frozen=True)
-class _Probabilities(DejaVu):
-    """Scores with probabilities: what layers have in common."""
+class _Odds(DejaVu):
+    """Scores with the odds p / (1 - p) of the predicted probability: positive numbers."""
 
     def score(self, site: Site, x: Tensor) -> Tensor:
-        return super().score(site, x).sigmoid()
+        return super().score(site, x).clamp(-STEEPEST, STEEPEST).exp()
 
 
 def _allocate(sites: Sequence[Site], scores: Sequence[Scores]) -> dict[SiteKey, float]:
-    """The densities at which all sites have the same threshold, and on average their own density.
+    """The densities at which all sites have one threshold, and on average the density asked for.
 
-    Every site keeps at least one unit.
+    ``scores`` are the odds. Every site keeps at least one unit.
     """
-    wanted = sum(site.density for site in sites) / len(sites)
+    wanted = sum(site.density for site in sites)
 
-    def shares(threshold: float) -> list[float]:
+    def shares(logit: float) -> list[float]:
         return [
-            max(found.share(threshold), 1 / site.units)
+            max(found.share(math.exp(logit)), 1 / site.units)
             for site, found in zip(sites, scores, strict=True)
         ]
 
-    low, high = 0.0, 1.0
+    low, high = -STEEPEST, STEEPEST
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        if sum(shares(middle)) > wanted * len(sites):
+        if sum(shares(middle)) > wanted:
             low = middle
         else:
             high = middle
-    chosen = shares(high) if wanted < 1 else [1.0] * len(sites)
+    chosen = shares(high) if wanted < len(sites) else [1.0] * len(sites)
     return {(site.layer, site.name): share for site, share in zip(sites, chosen, strict=True)}

@@ -194,7 +194,7 @@ class Predictors:
     def save(self, path: str | Path) -> None:
         """Write them to one safetensors file, whole or not at all; InputError when that fails."""
         tensors = {
-            f"{kind}.{layer}.{part}": getattr(predictor, part).detach().cpu().contiguous()
+            f"{kind}.{layer}.{part}": getattr(predictor, part).detach().cpu().contiguous().clone()
             for kind, layers in self.layers.items()
             for layer, predictor in enumerate(layers)
             for part in _PARTS

@@ -24,6 +24,8 @@ from dipnet.models.calls import Calls
 from dipnet.models.families import Decoder
 from dipnet.models.masks import SiteMasks
 from dipnet.models.residual import Residual
+from dipnet.models.skipping import KEPT_INPUTS, attach_skip, choose_skip
+from dipnet.models.skipping.base import Skipping
 from dipnet.models.tokens import Prefill, TokenState
 from dipnet.models.usage import Usage
 from dipnet.units import Site
@@ -39,6 +41,8 @@ def sparsify(
     *,
     prefill: Prefill = "sparse",
     cache: CacheSettings | CacheSlots | None = None,
+    backend: str = "auto",
+    kept_inputs: int = KEPT_INPUTS,
 ) -> Model:
     """Make a loaded causal LM decode with ``method``; returns the same model.
 
@@ -56,8 +60,16 @@ def sparsify(
     empty and stay warm from one sequence to the next. Dense prompts and padding do not use them.
     Without ``cache`` everything is in memory.
 
+    ``backend`` is "reference", which computes everything and multiplies with masks; "skip", which
+    in decoding computes what the masks keep; or "auto": "skip" where that is possible, which is
+    where neurons and heads are chosen before their block, as Deja Vu's predictors do. Keys and
+    values of skipped heads are computed when a head next needs them, from what attention read for
+    the last ``kept_inputs`` tokens, and in turn before one of these is forgotten. A call with
+    gradients, or of several tokens a sequence, skips nothing.
+
     Raises InputError when the family is unknown, the method cannot work on it or lacks its
-    calibration, or the model is sparsified already; the model is then unchanged.
+    calibration, or the model is sparsified already, and BackendError when the backend cannot serve
+    the method on this model; the model is then unchanged.
     """
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"model is a transformers model, not {type(model).__name__}")
@@ -66,7 +78,9 @@ def sparsify(
     check_dense(model)
     if not isinstance(cache, CacheSettings | CacheSlots | None):
         raise InputError(f"cache is a dipnet.CacheSettings such as share=0.5, not {cache!r}")
-    Attachment(Decoder(model), method, prefill, cache=cache).attach()
+    attachment = Attachment(Decoder(model), method, prefill, cache=cache)
+    attachment.choose_backend(backend, kept_inputs)
+    attachment.attach()
     return model
 
 
@@ -126,7 +140,15 @@ class Attachment:
         self.residual = Residual.of_sites(decoder, sites, self.tokens)
         self.cache = cache
         self.caches: dict[SiteKey, Cache] = {}
+        self.skipping: Skipping | None = None
         self._undo: list[Callable[[], None]] = []
+
+    def choose_backend(self, backend: str, kept_inputs: int) -> None:
+        """Skip what the masks drop if the backend of that name does; BackendError if it cannot."""
+        sites = tuple(self.usage.sites.values())
+        if choose_skip(backend, self.decoder, self.method, sites, kept_inputs):
+            strict = backend == "skip"
+            self.skipping = Skipping(self.decoder, self.tokens, self.usage, kept_inputs, strict)
 
     def attach(self) -> None:
         """Hook every site and swap in statically pruned weights; all or nothing."""
@@ -198,7 +220,10 @@ class Attachment:
             self._watch(self.decoder.module(site.layer, family.activation), mask)
         elif site.scored_on == "up":
             self._watch(self.decoder.holder(site.layer, "up"), mask, self.decoder.rows("up"))
-        self._hook(self.decoder.module(site.layer, place), mask)
+        if self.skipping is not None:
+            self._undo += attach_skip(self.skipping, mask)
+        else:
+            self._hook(self.decoder.module(site.layer, place), mask)
 
     def _make_cache(self, site: Site) -> SiteCache | None:
         key = site.layer, site.name
@@ -264,17 +289,21 @@ class SiteMask:
         if not self.tokens.all_dense:  # else it would be kept, and never used
             self.scored = output if part is None else output[..., part]
 
-    def prune(self, x: Tensor) -> Tensor:
-        """(..., channels) -> (..., channels): decide the mask, count it, apply it."""
+    def decide(self, x: Tensor) -> Tensor:
+        """(..., n) input, or another activation of these tokens -> (..., units) bool, counted."""
         scored = self._scored(x)
         if self.masks.cache is not None:
             check_not_recomputed(self.tokens.running)
-        mask = self.masks.decide(
+        return self.masks.decide(
             scored,
             dense=self._per_token(self.tokens.dense, scored),
             counted=self._per_token(self.tokens.counted, scored),
             count=self.tokens.running,
         )
+
+    def prune(self, x: Tensor) -> Tensor:
+        """(..., channels) -> (..., channels): decide the mask, apply it."""
+        mask = self.decide(x)
         return x * (mask if self.site.block == 1 else mask.repeat_interleave(self.site.block, -1))
 
     def _scored(self, x: Tensor) -> Tensor:

@@ -26,7 +26,9 @@ class Family:
     ``modules`` maps the path of a linear layer to the matrices stacked in its rows (a fused
     projection holds several). ``mlp`` is the module whose input is the MLP's input; ``activation``
     the module that applies the activation function; ``attention`` the attention module;
-    ``mlp_norm`` the normalisation between attention and the MLP's input.
+    ``mlp_norm`` the normalisation between attention and the MLP's input. ``rotary`` says what
+    happens to a projected key before it is cached, beside the attention module's ``k_norm`` if it
+    has one: rotated by its module's ``apply_rotary_pos_emb``, or nothing; None when not known.
     """
 
     modules: Mapping[str, tuple[str, ...]]
@@ -34,6 +36,7 @@ class Family:
     activation: str
     attention: str = "self_attn"
     mlp_norm: str = "post_attention_layernorm"
+    rotary: bool | None = None
 
     def path(self, matrix: str) -> str:
         """The path of the linear layer that holds ``matrix``."""
@@ -47,7 +50,7 @@ _ATTENTION = {
     "self_attn.o_proj": ("o",),
 }
 _GATED_MLP = {"mlp.gate_proj": ("gate",), "mlp.up_proj": ("up",), "mlp.down_proj": ("down",)}
-_LLAMA = Family({**_ATTENTION, **_GATED_MLP}, mlp="mlp", activation="mlp.act_fn")
+_LLAMA = Family({**_ATTENTION, **_GATED_MLP}, mlp="mlp", activation="mlp.act_fn", rotary=True)
 _GEMMA = replace(_LLAMA, mlp_norm="pre_feedforward_layernorm")
 _PHI3 = Family(
     {
@@ -58,6 +61,7 @@ _PHI3 = Family(
     },
     mlp="mlp",
     activation="mlp.activation_fn",
+    rotary=True,
 )
 _OPT = Family(
     {
@@ -71,6 +75,7 @@ _OPT = Family(
     mlp="fc1",
     activation="activation_fn",
     mlp_norm="final_layer_norm",
+    rotary=False,
 )
 
 FAMILIES: dict[str, Family] = {

@@ -30,7 +30,8 @@ class TokenState:
 
     ``dense`` is a (batch, tokens) bool of prompt tokens that stay dense, or None when there are
     none; ``counted`` the (batch, tokens) bool of tokens whose units are counted, or None for all.
-    ``all_dense`` says that no token of the call is pruned. ``running`` says that the call has not
+    ``all_dense`` says that no token of the call is pruned, ``single`` that it brings one token for
+    each sequence. ``running`` says that the call has not
     ended: what activation checkpointing computes again later is masked as in the call, and not
     counted. With ``positions``, ``position`` is (batch, tokens, 1) int64: each token's own place in
     its sequence, padding left out.
@@ -48,6 +49,7 @@ class TokenState:
         self.counted: Tensor | None = None
         self.position: Tensor | None = None
         self.all_dense = False
+        self.single = False
 
     def begin(self, inputs: Tensor, padding: Any, cache: Any) -> None:
         """Start a forward call over ``inputs`` (batch, tokens, ...).
@@ -58,6 +60,7 @@ class TokenState:
         self.clear()
         self.running = True
         batch, tokens = inputs.shape[:2]
+        self.single = tokens == 1
         real = padding.bool() if isinstance(padding, Tensor) and padding.dim() == 2 else None
         self.counted = None if real is None else real[:, -tokens:]
         if self.prefill == "sparse" and not self.positions:

@@ -5,6 +5,7 @@ Counts stay on the model's device until they are read, so that counting never wa
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,7 +56,9 @@ class CacheUsage:
 class Usage:
     """Counts kept units for one method on one model; tokens processed dense are left out.
 
-    ``recorder`` sees the masks that are counted while a trace is recorded.
+    ``recorder`` sees the masks that are counted while a trace is recorded. ``gathered`` counts, by
+    matrix, the weights that were really read by a backend that skips the others, once for a whole
+    batch; prompts are not in it.
     """
 
     recorder: Recorder | None = None
@@ -72,6 +75,7 @@ class Usage:
         self._kept: dict[SiteKey, Tensor | int] = dict.fromkeys(self.sites, 0)
         self._groups: dict[SiteKey, Tensor | int] = dict.fromkeys(self.sites, 0)
         self._hits: dict[SiteKey, int] = {}
+        self.gathered: Counter[str] = Counter()
 
     def count_tokens(self, tokens: Tensor | int) -> None:
         """Count sparse tokens of one forward call: a number, or a bool mask of them."""
@@ -92,6 +96,10 @@ class Usage:
         """Count the kept units that the site's cache held."""
         key = (site.layer, site.name)
         self._hits[key] = self._hits.get(key, 0) + hits
+
+    def count_gathered(self, matrix: str, weights: int) -> None:
+        """Count weights that were read because units of theirs were kept."""
+        self.gathered[matrix] += weights
 
     def cache(self) -> CacheUsage:
         """Hits and misses so far, of the sites that have a cache and have used it."""

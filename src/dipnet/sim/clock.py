@@ -91,7 +91,9 @@ def seconds(
         return _of_bytes(device, shape, loads, past)
     weights = loads[0].weights
     groups = {(group.layer, group.name): group for group in pinned_groups(shape, weights, past)}
-    groups |= {(load.site.layer, load.site.name): load.group() for load in loads}
+    # A head is no record: attention's two groups are in memory whole, whatever heads are wanted.
+    records = [load for load in loads if load.site.name != "attn.head"]
+    groups |= {(load.site.layer, load.site.name): load.group() for load in records}
     walk = Walk(device.flash, device.engine, shape, weights, groups, past)
     return walk.token(recall or {}) if look_ahead else walk.token(None)
 

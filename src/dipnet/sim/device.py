@@ -141,9 +141,9 @@ class EngineCosts(BaseModel):
     Of a token: ``token`` and ``logit`` for each entry of the vocabulary. Of a layer: ``layer``,
     ``number`` for each number of its activations (width and neurons), ``key`` for each key or value
     that attention reads. Of one call of a group: ``call``, ``channel``, ``row``. Of a mask:
-    ``selection``, ``unit``, and ``exchange`` more where records come and go. Of a read: ``submit`` until it is on its way and ``land`` when it has
-    come; its records are verified at ``check`` bytes/s. ``products`` has points for each kind of
-    weights, in the order of ``working_bytes``.
+    ``selection``, ``unit``, and ``exchange`` more where records come and go. Of a read: ``submit``
+    until it is on its way and ``land`` when it has come; its records are verified at ``check``
+    bytes/s. ``products`` has points for each kind of weights, in the order of ``working_bytes``.
     """
 
     model_config = _SETTINGS

@@ -16,7 +16,7 @@ from dipnet.sim.shape import ModelShape
 from dipnet.sim.sizes import is_streamed
 from dipnet.sim.trace import TraceSite
 
-PLACES = ("attn.in", "attn.out", "mlp.in", "mlp.hidden", "mlp.neuron")
+PLACES = ("attn.in", "attn.out", "attn.head", "mlp.in", "mlp.hidden", "mlp.neuron")
 """The names of sites, in the order in which a layer computes them."""
 Key = tuple[int, str]
 """A site's (layer, name)."""
@@ -66,7 +66,8 @@ def stretched(source: ModelShape, sites: Sequence[TraceSite], shape: ModelShape)
     Raises InputError when a site thins a matrix that the shape does not have.
     """
     positions = {site.key: at for at, site in enumerate(sites)}
-    names = sorted({site.name for site in sites}, key=PLACES.index)
+    # Attention is in memory anyway, and a shape does not say how many heads it has.
+    names = sorted({site.name for site in sites} - {"attn.head"}, key=PLACES.index)
     made: list[TraceSite] = []
     sources: list[int] = []
     for layer in range(shape.layers):

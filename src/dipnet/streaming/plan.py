@@ -28,6 +28,7 @@ MAX_FILE_BYTES = 1 << 20
 """A plan has two kilobytes."""
 REMEDY = "make one with `dipnet plan MODEL --out FILE`"
 SIZES = ("memory", "cache")
+Policy = Literal["lfu", "lru"]
 
 _SETTINGS = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 Size = Annotated[int, Field(ge=1, lt=2**31)]
@@ -140,7 +141,7 @@ class Plan(BaseModel):
     block: Size
     memory: Bytes | None
     cache: Bytes | None
-    policy: Literal["lfu", "lru"]
+    policy: Policy
     cache_split: Split
     context: Size
     device: Word

@@ -1,0 +1,116 @@
+"""Deja Vu and its relatives on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dipnet.methods.predictors import PredictedModel, Predictor, Predictors
+from dipnet.models.families import describe
+from dipnet.models.load import load_model
+from dipnet.sim.trace import open_trace
+from tests.checkpoints import WORDS
+from tests.cli.conftest import Run
+
+Error = Callable[..., str]
+PROMPT = ("--prompt", WORDS)
+
+
+def save_predictors(checkpoint: str, path: Path, look_ahead: int = 1) -> str:
+    """A file of predictors that know nothing of a checkpoint; its name."""
+    spec = describe(load_model(checkpoint, device="cpu").model)
+    model, made = PredictedModel.of(spec), torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=made)
+
+    layers = {
+        kind: [
+            Predictor(random(2, model.width), random(2), random(units, 2), random(units))
+            for _ in range(model.layers)
+        ]
+        for kind, units in (("mlp", model.neurons), ("head", model.heads))
+    }
+    Predictors(model, look_ahead, layers).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def fitted(llama: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_predictors(llama, tmp_path_factory.mktemp("fitted") / "p.safetensors")
+
+
+def test_eval(run: Run, llama: str, text: str, fitted: str) -> None:
+    methods = (
+        f"dejavu:mlp_density=0.25,head_density=0.5,predictors={fitted}",
+        "dejavu-oracle:head_density=0.5",
+        "random:mlp_density=0.25,seed=3",
+    )
+    asked = [part for method in methods for part in ("--method", method)]
+    rows = run("eval", llama, "--text", text, *asked, "--json").json["rows"]
+    assert [row["method"] for row in rows] == ["dense", *methods]
+    dense, dejavu, oracle, random = (row["density"] for row in rows)
+    assert dejavu["mlp"] == random["mlp"] == 0.25
+    assert oracle["mlp"] == 1
+    assert dejavu["attention"] < 1
+    assert oracle["attention"] < 1
+    assert dejavu["added"] > 0 == oracle["added"] == random["added"]
+    assert rows[1]["parameters"]["predictors"] == fitted
+    assert len({row["perplexity"] for row in rows}) == 4
+    assert dense["total"] == 1
+
+
+def test_density_is_the_mlps(run: Run, llama: str, text: str, fitted: str) -> None:
+    asked = ("--method", f"dejavu:predictors={fitted}", "--method", "dejavu-oracle")
+    found = run(
+        *("eval", llama, "--text", text, *asked, "--method", "random", "--method", "cett"),
+        *("--density", "0.5", "--density", "0.25", "--json"),
+    ).json
+    rows = found["rows"][1:]
+    assert [row["density_asked"] for row in rows] == [0.5, 0.25] * 4
+    assert [row["density"]["mlp"] for row in rows] == pytest.approx([0.5, 0.25] * 4)
+    assert {row["density"]["attention"] for row in rows} == {1}
+
+
+def test_densities_by_layer_are_calibrated(run: Run, llama: str, text: str, fitted: str) -> None:
+    method = f"dejavu:mlp_density=0.25,allocation=scores,predictors={fitted}"
+    found = run(
+        *("eval", llama, "--text", text, "--method", method, "--calibration", text, "--json")
+    ).json
+    by_layer = found["rows"][1]["density"]["mlp_by_layer"]
+    assert sum(by_layer) / 2 == pytest.approx(0.25, abs=0.02)
+    assert by_layer[0] != by_layer[1]
+
+
+def test_run(run: Run, llama: str, fitted: str, tmp_path: Path) -> None:
+    method = f"dejavu:mlp_density=0.25,head_density=0.5,predictors={fitted}"
+    tail = ("--max-new-tokens", "6", "--trace", str(tmp_path / "t"), "--json")
+    found = run("run", llama, *PROMPT, "--method", method, *tail).json
+    assert found["new_tokens"] == 6
+    assert found["density"]["mlp"] == 0.25
+    trace = open_trace(tmp_path / "t")
+    assert trace.tokens == 5
+    assert {site.name for site in trace.sites} == {"attn.head", "mlp.neuron"}
+
+
+def test_errors(error: Error, llama: str, opt: str, text: str, fitted: str, tmp_path: Path) -> None:
+    def asked(model: str, method: str) -> str:
+        return error("eval", model, "--text", text, "--method", method)
+
+    assert "dejavu needs predictors fitted on the model" in asked(llama, "dejavu:mlp_density=0.5")
+    assert "predictors none does not exist" in asked(llama, "dejavu:predictors=none")
+    assert "holds no predictors, or is damaged" in asked(llama, f"dejavu:predictors={text}")
+    assert "'density=1' is no option of dejavu" in asked(llama, "dejavu:density=1")
+    message = asked(opt, f"dejavu:mlp_density=0.5,predictors={fitted}")
+    assert "are for a llama (silu)" in message
+    assert "this model is a opt (relu)" in message
+    other = save_predictors(llama, tmp_path / "q", look_ahead=2)
+    assert "take look_ahead=2" in asked(llama, f"dejavu:mlp_density=0.5,predictors={other}")
+    message = error(
+        *("eval", llama, "--text", text, "--method", f"dejavu:mlp_density=0.5,predictors={fitted}"),
+        *("--density", "0.5"),
+    )
+    assert "--density has no effect" in message
