@@ -66,6 +66,24 @@ def test_the_share_that_exceeds_it() -> None:
         assert share == pytest.approx(density, abs=2e-4)
 
 
+@settings(deadline=None)
+@given(scores, st.floats(0, 2.0**101))
+def test_a_share_is_right_to_within_a_bin(values: list[float], threshold: float) -> None:
+    share = histogram(torch.tensor(values)).share(threshold)
+    above = [value > threshold * (1 + BIN) for value in values]
+    nearly = [value >= threshold * (1 - BIN) - 2.0**-126 for value in values]
+    assert sum(above) / len(values) <= share + 1e-9
+    assert share <= sum(nearly) / len(values) + 1e-9
+
+
+@pytest.mark.parametrize("density", [0.01, 0.3, 0.7, 0.99])
+def test_a_share_is_the_inverse_of_a_threshold(density: float) -> None:
+    values = torch.randn(10_000, generator=torch.Generator().manual_seed(0)).exp()
+    made = histogram(values)
+    assert made.share(made.threshold(density)) == pytest.approx(density, abs=1e-6)
+    assert made.share(-1.0) == made.share(0.0) == 1
+
+
 def test_parts_add_up() -> None:
     values = torch.rand(4, 6, 50, generator=torch.Generator().manual_seed(0))
     assert torch.equal(histogram(*values).counts, histogram(values).counts)

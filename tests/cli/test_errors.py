@@ -30,10 +30,10 @@ def edit_weights(folder: Path, change: Callable[[dict[str, Any]], object]) -> No
 
 
 @pytest.mark.parametrize("density", ["0", "-0.1", "1.01", "nan"])
-@pytest.mark.parametrize("command", ["run", "eval", "info", "fit-split"])
+@pytest.mark.parametrize("command", ["run", "eval", "info", "fit split"])
 def test_density(error: Error, llama: str, text: str, command: str, density: str) -> None:
-    needs = {"run": PROMPT, "eval": ("--text", text), "fit-split": ("--text", text)}
-    message = error(command, llama, *needs.get(command, ()), "--density", density)
+    needs = {"run": PROMPT, "eval": ("--text", text), "fit split": ("--text", text)}
+    message = error(*command.split(), llama, *needs.get(command, ()), "--density", density)
     assert message.startswith("density must be in (0, 1], got")
     assert "0.5 keeps half" in message
 
@@ -231,7 +231,7 @@ def test_devices_and_dtypes(error: Error, llama: str) -> None:
 
 
 def test_only_dip_has_a_split(error: Error, llama: str, text: str) -> None:
-    message = error("fit-split", llama, "--text", text, "--method", "gate")
+    message = error("fit", "split", llama, "--text", text, "--method", "gate")
     assert message == "gate has no split to fit: use dip or wina"
 
 
@@ -239,7 +239,7 @@ def test_only_dip_has_a_split(error: Error, llama: str, text: str) -> None:
 def test_a_divided_density_has_no_split_to_fit(
     error: Error, llama: str, text: str, method: str
 ) -> None:
-    message = error("fit-split", llama, "--text", text, "--method", method)
+    message = error("fit", "split", llama, "--text", text, "--method", method)
     assert message.startswith(f"{method} says already how its density is divided")
 
 
@@ -249,7 +249,7 @@ def test_a_divided_density_has_no_split_to_fit(
         (("eval", "--colour"), "No such option: --colour"),
         (("eval", "--window", "1"), "Invalid value for '--window'"),
         (("info", "--density", "abc"), "Invalid value for '--density'"),
-        (("fit-split",), "Missing option '--text'"),
+        (("fit", "split"), "Missing option '--text'"),
         (("eval", "--text"), "Option '--text' requires an argument"),
         (("run", "--seed", "-1"), "Invalid value for '--seed'"),
         (("run", "--seed", str(2**32)), "Invalid value for '--seed'"),
@@ -279,7 +279,7 @@ def test_an_unknown_command(error: Error) -> None:
         (("eval", "--text", "a", "--column", "text"), "--column go with --dataset"),
         (("eval", "--method", "gate", "--fit-split", "a"), "--fit-split has no effect"),
         (("eval", "--fit-split", "none.txt"), "there is no text file none.txt"),
-        (("fit-split", "--text", "none.txt"), "there is no text file none.txt"),
+        (("fit", "split", "--text", "none.txt"), "there is no text file none.txt"),
     ],
 )
 def test_arguments_are_tested_before_the_model(

@@ -1,4 +1,4 @@
-"""``dipnet eval``, ``info``, ``fit-split`` and ``demo``."""
+"""``dipnet eval``, ``info``, ``fit split`` and ``demo``."""
 
 import json
 from pathlib import Path
@@ -128,12 +128,12 @@ def test_info_on_a_quantised_checkpoint(run: Run, llama: str, tmp_path: Path) ->
 
 def test_a_density_of_its_own_is_fitted(run: Run, llama: str, text: str) -> None:
     method = ("--method", "dip:density=0.4")
-    found = run("fit-split", llama, "--text", text, *method, "--json").json
+    found = run("fit", "split", llama, "--text", text, *method, "--json").json
     assert [fit["density"] for fit in found["fits"]] == [0.4]
 
 
 def test_fit_split(run: Run, llama: str, text: str) -> None:
-    arguments = ("fit-split", llama, "--text", text, "--density", "0.5", "--method", "wina")
+    arguments = ("fit", "split", llama, "--text", text, "--density", "0.5", "--method", "wina")
     found = run(*arguments, "--json").json
     fit = found["fits"][0]
     best = min(fit["tried"], key=lambda row: row["perplexity"])

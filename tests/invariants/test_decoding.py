@@ -19,7 +19,8 @@ STEPS = TOKENS.split((PROMPT, 1, 1, 1), dim=1)
 @every_pair
 @pytest.mark.parametrize("prefill", ["sparse", "dense", 3])
 def test_step_by_step(family: str, method: str, prefill: Any) -> None:
-    with sparse(family, method, prefill=prefill) as model, linear_inputs(model) as decoded:
+    options = {"prefill": prefill, "backend": "reference"}  # the only one with all inputs to see
+    with sparse(family, method, **options) as model, linear_inputs(model) as decoded:
         stepwise = decode(model, STEPS)
         decoded_density = dipnet.usage(model).density()
     alike = PROMPT if prefill == "dense" else prefill

@@ -238,13 +238,14 @@ def test_hidden_states_are_still_at_hand() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3", "opt"])
 @pytest.mark.parametrize("prefill", ["sparse", "dense", 3])
-def test_generate_with_a_static_cache(family: str, prefill: Any) -> None:
+@pytest.mark.parametrize("method", ["dip", "dejavu", "random"])
+def test_generate_with_a_static_cache(family: str, method: str, prefill: Any) -> None:
     def generate(**arguments: Any) -> list[list[int]]:
         made = model.generate(TOKENS, max_new_tokens=4, do_sample=False, **arguments)
         return made.tolist()
 
     attended = torch.ones_like(TOKENS)
-    with sparse(family, "dip", prefill=prefill) as model:
+    with sparse(family, method, prefill=prefill) as model:
         expected = generate(attention_mask=attended)
         assert generate(attention_mask=attended, cache_implementation="static") == expected
 

@@ -97,7 +97,7 @@ class Bank:
         codes = sample.codes[self.kind][self.layers.start : self.layers.stop]
         worth = decoded(codes.index_select(1, tokens))
         gradient = scores.detach().sigmoid()
-        gradient.mul_(worth + (worth == 0)).sub_(worth).mul_(1 / len(tokens))
+        gradient.mul_(worth + (worth == 0)).sub_(worth)  # AdamW does not see its size
         self._adamw.zero_grad(set_to_none=True)
         scores.backward(gradient)
         self._adamw.step()

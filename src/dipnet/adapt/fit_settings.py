@@ -20,6 +20,9 @@ WIDTH_OVER_RANK = 4
 """What a rank is by default in narrower models (docs/predictors.md has the table behind it)."""
 BUFFER = 2**30
 """Bytes of the tokens that are held at a time, unless those are too few."""
+VISITS = 600_000
+"""Tokens that are trained on by default, each time that one comes counted."""
+MOST_EPOCHS = 10
 LEAST_TOKENS = 8192
 """Tokens that are held at a time by default, however large the model."""
 
@@ -42,9 +45,10 @@ class FitSettings:
     ``head_density``. In the loss, what is wanted counts by its magnitude to the power
     ``magnitude``, relative to the layer's mean and ``positive_weight`` times; the rest counts 1.
 
-    AdamW makes ``epochs`` passes in batches of ``batch`` tokens, at a learning ``rate`` that
-    warms up and falls along a cosine, with weight ``decay``; layers keep their best on held-out
-    text, and stop when ``patience`` measurements (of 20 in a fit) brought nothing better. ``seed``
+    AdamW makes ``epochs`` passes (by default 2 to 10, fewer over a long text) in batches of
+    ``batch`` tokens, at a learning ``rate`` that warms up and falls along a cosine, with weight
+    ``decay``; layers keep their best on held-out text, and stop when ``patience`` measurements (of
+    10 in a fit) brought nothing better. ``seed``
     decides everything random. ``buffer`` is how many bytes of tokens are held at a time; by default
     1 GiB, or what 8192 tokens take if that is more.
     """
@@ -58,11 +62,11 @@ class FitSettings:
     head_share: float | None = None
     magnitude: float = 1.0
     positive_weight: float = 1.0
-    epochs: int = 5
+    epochs: int | None = None
     batch: int = 512
     rate: float = 3e-3
     decay: float = 0.01
-    patience: int = 5
+    patience: int = 3
     seed: int = 0
     buffer: int | None = None
 
@@ -135,6 +139,10 @@ class FitSettings:
         rank = self.rank or min(LARGEST_RANK, max(1, spec.width // WIDTH_OVER_RANK))
         units = spec.neurons if kind == "mlp" else spec.heads
         return min(rank, units) if self.activation == "none" else rank
+
+    def passes(self, tokens: int) -> int:
+        """How often each of the text's tokens is trained on."""
+        return self.epochs or max(2, min(MOST_EPOCHS, round(VISITS / tokens)))
 
     def room(self, bytes_per_token: int) -> int:
         """How many tokens are held at a time; InputError when ``buffer`` is less than a batch."""

@@ -24,7 +24,7 @@ HELD_OUT_SHARE = 1 / 8
 """Of what the sample holds, what is held out at most."""
 REFILL_SHARE = 1 / 4
 """Of the sample, what new tokens replace at a time."""
-EVALUATIONS = 20
+EVALUATIONS = 10
 """How often the held-out text is measured in a fit."""
 WARM_UP = 0.05
 """Of the steps, those in which the learning rate rises."""
@@ -138,7 +138,8 @@ class Fit:
     def _train(self, banks: list[Bank], sample: Sample) -> None:
         """Train on one filling of the sample after another."""
         course, batch = self.course, self.settings.batch
-        visits = [self.settings.epochs * len(each) * self.window for each in self._rounds]
+        epochs = self.settings.passes(self.tokens)
+        visits = [epochs * len(each) * self.window for each in self._rounds]
         rounds = [max(1, count // batch) for count in visits]
         course.planned = sum(rounds)
         every = max(1, course.planned // EVALUATIONS)

@@ -40,12 +40,12 @@ class ScoreHistogram:
 
     def share(self, threshold: float) -> float:
         """The share of all scores that exceeds ``threshold``, linear within its bin."""
-        value = torch.tensor(max(0.0, threshold), dtype=torch.float32)
-        number = int(value.view(torch.int32)) >> SHIFT
+        value = max(0.0, threshold)
+        number = int(torch.tensor(value, dtype=torch.float32).view(torch.int32)) >> SHIFT
         low, high = _edge(number), _edge(number + 1)
-        inside = float(self.counts[number]) * (high - threshold) / (high - low)
-        total = int(self.counts.sum())
-        return min(1.0, (int(self.counts[number + 1 :].sum()) + inside) / total)
+        inside = int(self.counts[number]) * (high - value) / (high - low)
+        above = int(self.counts[number + 1 :].sum()) + inside
+        return above / int(self.counts.sum())
 
 
 def _edge(number: int) -> float:

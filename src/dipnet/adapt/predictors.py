@@ -121,13 +121,14 @@ def _card(
 ) -> dict[str, Any]:
     """What is known of a fit, as JSON."""
     course, settings = fit.course, asdict(fit.settings)
+    epochs = fit.settings.passes(fit.tokens)
     ranks = {kind: fit.settings.rank_of(kind, fit.spec) for kind in fit.kept}
     targets = {kind: rule.target for kind, rule in fit.collector.rules.items()}
     return {
         "made_by": f"dipnet {dipnet.__version__}",
         "text": dict(text or {}),
         "tokens": {"trained": fit.tokens, "held_out": fit.held.tokens, "window": fit.window},
-        "settings": {**settings, "ranks": ranks, "targets": targets},
+        "settings": {**settings, "epochs": epochs, "ranks": ranks, "targets": targets},
         "steps": {"made": course.steps, "planned": course.planned},
         "device": _device_name(fit.device),
         "seconds": {

@@ -15,6 +15,7 @@ from dipnet.cli.console import complain, err
 from dipnet.cli.demo import demo
 from dipnet.cli.evaluate import evaluate
 from dipnet.cli.fit import fit_split
+from dipnet.cli.fit_predictors import fit_predictors
 from dipnet.cli.info import info
 from dipnet.cli.options import FLAG
 from dipnet.cli.pack import pack
@@ -92,6 +93,16 @@ app = typer.Typer(
 )
 
 
+fit = typer.Typer(
+    cls=Commands,
+    help="Fit on a text what methods need: DIP's split, Deja Vu's predictors",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+fit.command("split", cls=Command)(fit_split)
+fit.command("predictors", cls=Command)(fit_predictors)
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"dipnet {__version__}")
@@ -119,7 +130,7 @@ app.command("eval", cls=Command)(evaluate)
 app.command("info", cls=Command)(info)
 app.command("pack", cls=Command)(pack)
 app.command("check", cls=Command)(check)
-app.command("fit-split", cls=Command)(fit_split)
+app.add_typer(fit, name="fit")
 app.command("simulate", cls=Command)(simulate)
 app.command("probe", cls=Command)(probe)
 app.command("plan", cls=Command)(plan)

@@ -1,4 +1,4 @@
-"""``dipnet fit-split``: how a density is best divided between DIP's two masks."""
+"""``dipnet fit split``: how a density is best divided between DIP's two masks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def fit_split(
 
     The result is used as --method dip:split=1.4 in the other commands.
 
-    Example: dipnet fit-split --text valid.txt --density 0.5
+    Example: dipnet fit split --text valid.txt --density 0.5
     """
     methods = _methods(parse_method(method), density)
     quiet_libraries()

@@ -119,10 +119,10 @@ class Predictors:
 
     model: PredictedModel
     look_ahead: int
-    layers: Mapping[Kind, Sequence[Predictor]]
+    layers: Mapping[Kind, Sequence[Predictor]] = field(repr=False)
     activation: Activation = "none"
     normalise: Normalise = "none"
-    card: Mapping[str, Any] = field(default_factory=dict)
+    card: Mapping[str, Any] = field(default_factory=dict, repr=False)
     source: str = ""
 
     def __post_init__(self) -> None:

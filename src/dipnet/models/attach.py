@@ -319,7 +319,8 @@ class SiteMask:
             case _:
                 found, self.scored = self.scored, None
         assert found is not None, "the scored activation is computed before its site"
-        return found.reshape(*x.shape[:-1], found.shape[-1])  # OPT's MLP flattens the tokens
+        # OPT's MLP flattens the tokens; another layer may be on another device.
+        return found.reshape(*x.shape[:-1], found.shape[-1]).to(x.device)
 
     @staticmethod
     def _per_token(flags: Tensor | None, x: Tensor) -> Tensor | None:

@@ -16,7 +16,7 @@ from dipnet.sim.device import Device
 from dipnet.sim.shape import ModelShape
 from dipnet.sim.sizes import is_streamed, kv_bytes, pinned_bytes, unit_bytes
 from dipnet.sim.trace import TraceSite
-from dipnet.sim.walk import Group, Walk, pinned_groups
+from dipnet.sim.walk import READ_BYTES, Group, Walk, pinned_groups
 from dipnet.store.geometry import Weights, column_stride, padded_outputs
 
 Array = NDArray[np.float64]
@@ -105,6 +105,7 @@ def _of_bytes(device: Device, shape: ModelShape, loads: Sequence[SiteLoad], past
     for load in loads:
         if is_streamed(load.site):
             touched = touched + load.wanted_bytes
-        flash += device.flash.seconds(np.asarray(load.reads, np.float64), load.missed_bytes)
+        reads = np.maximum(load.reads, load.missed_bytes / READ_BYTES)
+        flash += device.flash.seconds(reads, load.missed_bytes)
     dram = device.dram.latency + touched / device.dram.bandwidth
     return np.maximum(dram, flash) if device.overlap else dram + flash

@@ -25,7 +25,7 @@ class Deciding(Protocol):
 
     site: Site
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], /) -> tuple | None:
         """Torch's forward pre-hook: the reference."""
 
     def decide(self, x: Tensor) -> Tensor:

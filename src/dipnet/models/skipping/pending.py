@@ -10,7 +10,6 @@ may take turns, and a copy of a cache lacks what the cache lacked.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -142,9 +141,7 @@ class _LackingLayer(CacheLayerMixin):
         super().batch_select_indices(indices)
 
 
-@cache
-def _lacking(kind: type) -> type:
-    return type(kind.__name__, (_LackingLayer, kind), {"__module__": kind.__module__})
+_LACKING = {kind: type(kind.__name__, (_LackingLayer, kind), {}) for kind in KNOWN}
 
 
 def cache_layer(past: Any, layer: int) -> Any | None:
@@ -172,12 +169,12 @@ def start(held: Any, tokens: int, x: Tensor, rotation: Rotation, groups: int) ->
     """Begin to remember for a cache layer that lacks nothing yet: (batch, width) ``x`` as one."""
     made = held.pending = Pending(tokens, x, rotation, groups)
     if not isinstance(held, _LackingLayer):
-        held.__class__ = _lacking(type(held))
+        held.__class__ = _LACKING[type(held)]
     return made
 
 
 def last_places(held: Any, ages: Tensor) -> Tensor:
-    """(n,) int64: where in a layer's keys the tokens of these ages are; below 0 where not any more."""
+    """(n,) int64: where in a layer's keys the tokens of these ages are; below 0, no more there."""
     if isinstance(held, StaticSlidingWindowLayer):  # its tensor stops counting when it is full
         return min(held.cumulative_length_int, held.max_cache_len) - ages
     if isinstance(held, StaticLayer):
