@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -38,12 +39,14 @@ def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
     loaded = load_model(model, device=options.device)
     text = fitted_text(options.text)
     tokens = tokenize(loaded.tokenizer, text.content[: options.tokens * MOST_CHARACTERS])
-    settings = {"mlp_density": options.mlp_density, "head_density": options.head_density}
+    settings = {name: getattr(options, name) for name in ("mlp_density", "head_density")}
     predictors = dipnet.fit_predictors(
         loaded.model,
         tokens[: options.tokens],
         rank=options.rank,
         look_ahead=options.look_ahead,
+        magnitude=options.magnitude,
+        positive_weight=options.positive_weight,
         **settings,
     )
     held_out = tokenize(loaded.tokenizer, bundled_text("heldout").content)
@@ -58,16 +61,16 @@ def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
         **{key: card[key] for key in ("tokens", "settings", "steps", "device", "seconds")},
         "peak_memory_bytes": card["peak_memory_bytes"],
         "layers": {kind: [asdict(each) for each in rows] for kind, rows in qualities.items()},
-        "perplexity": perplexities(loaded.model, predictors, held_out[: options.windows * 512]),
+        "perplexity": perplexities(loaded.model, predictors, held_out, options),
     }
 
 
 def perplexities(
-    model: Any, predictors: dipnet.Predictors, tokens: torch.Tensor
+    model: Any, predictors: dipnet.Predictors, tokens: torch.Tensor, options: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
     """Dense, and with what is predicted left out: perplexity and the share of weights read."""
-    asked = predictors.card["settings"]
-    mlp, head = {"mlp_density": asked["mlp_density"]}, {"head_density": asked["head_density"]}
+    tokens = tokens[: options.windows * 512]
+    mlp, head = {"mlp_density": options.mlp_density}, {"head_density": options.head_density}
     shown = {"dense": {"perplexity": dipnet.perplexity(model, tokens, batch_size=BATCH).perplexity}}
     for name, densities in {"mlp": mlp, "heads": head, "both": mlp | head}.items():
         method = dipnet.DejaVu(**densities, predictors=predictors, look_ahead=predictors.look_ahead)
@@ -96,6 +99,11 @@ def show(row: dict[str, Any]) -> None:
                 f"{each['layer']:5d}  {each['wanted']:6.3f}  {each['recall']:6.3f}  "
                 f"{each['bound']:7.3f}  {each['precision']:9.3f}  {each['captured']:16.3f}"
             )
+        means = (
+            f"{statistics.fmean(each[name] for each in layers):.3f} {said}"
+            for name, said in (("recall", "recall"), ("captured", "recall by weight"))
+        )
+        print(f"mean of the layers: {', '.join(means)}")
     for name, found in row["perplexity"].items():
         read = f", {found['total_density']:.3f} of all weights" if "total_density" in found else ""
         print(f"perplexity, {name}: {found['perplexity']:.2f}{read}")
@@ -111,6 +119,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=32, help="of 512 tokens, for perplexity")
     parser.add_argument("--rank", type=int)
     parser.add_argument("--look-ahead", type=int, default=1)
+    parser.add_argument("--magnitude", type=float, default=1.0)
+    parser.add_argument("--positive-weight", type=float, default=1.0)
+    parser.add_argument("--dense-first", type=int, default=0, help="layers, for perplexity")
     parser.add_argument("--mlp-density", type=float, default=0.2)
     parser.add_argument("--head-density", type=float, default=0.5)
     return parser.parse_args(arguments)

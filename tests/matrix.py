@@ -203,7 +203,7 @@ METHODS = {
         dipnet.DejaVu(0.4, 0.6),
         predicted_mlp,
         heads=predicted_heads,
-        predicted={"normalise": "rms"},
+        predicted={},
     ),
     "dejavu-heads": Case(
         dipnet.DejaVu(head_density=0.4, look_ahead=2, dense_first=1),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from dipnet.methods.predictors import Kind, PredictedModel, Predictor, Predictors
 from dipnet.models.families import describe
@@ -19,28 +20,32 @@ RANK = 5
 
 
 @cache
-def predictors(
-    family: str,
+def predictors(family: str, *options: Any, **named: Any) -> Predictors:
+    """`random_predictors` of the family's shared model."""
+    return random_predictors(shared(family), *options, **named)
+
+
+def random_predictors(
+    model: PreTrainedModel,
     look_ahead: int = 1,
     kinds: Sequence[Kind] = ("mlp", "head"),
     activation: Any = "none",
-    normalise: Any = "none",
 ) -> Predictors:
-    """Seeded predictors of the family's model, that know nothing."""
+    """Seeded predictors of a model, that know nothing."""
     made = torch.Generator().manual_seed(look_ahead + len(kinds))
-    model = PredictedModel.of(describe(shared(family)))
+    shape = PredictedModel.of(describe(model))
 
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=made)
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=made)
 
     def predictor(kind: Kind) -> Predictor:
-        units = model.units(kind)
+        units = shape.units(kind)
         return Predictor(
-            random(RANK, model.width), random(RANK), random(units, RANK), random(units)
+            random(RANK, shape.width), random(RANK), random(units, RANK), random(units)
         )
 
-    layers = {kind: [predictor(kind) for _ in range(model.layers)] for kind in kinds}
-    return Predictors(model, look_ahead, layers, activation, normalise, {"text": "none"})
+    layers = {kind: [predictor(kind) for _ in range(shape.layers)] for kind in kinds}
+    return Predictors(shape, look_ahead, layers, activation, {"text": "none"})
 
 
 # --- references ---
@@ -86,8 +91,6 @@ def chosen(layer: PlainLayer, method: Any, kind: Kind, units: int) -> list[int]:
     place = max(0, 2 * layer.number + (kind == "mlp") - method.look_ahead)
     predictor = method.fitted.layers[kind][layer.number]
     x = layer.residual(place)
-    if method.fitted.normalise == "rms":
-        x = x / math.sqrt(sum(v * v for v in x.tolist()) / len(x) + 1e-6)
     inner = predictor.w1.double() @ x + predictor.b1.double()
     if method.fitted.activation == "relu":
         inner = torch.where(inner < 0, 0.0, inner)

@@ -214,6 +214,8 @@ def test_a_bank_of_all_layers_learns_as_banks_of_one(monkeypatch: pytest.MonkeyP
         ({"rate": 1e38}, "predictor is nan after"),
         ({"window": 500}, "window must be from 2 to the context of 64, got 500"),
         ({"window": 1}, "window must be from 2 to the context of 64, got 1"),
+        ({"device": "tpu"}, "unknown device 'tpu'"),
+        ({"device": "meta"}, "unknown device 'meta'"),
         ({"window": 64, "device": "cpu"}, None),
     ],
 )

@@ -6,14 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from dipnet.methods.predictors import PredictedModel, Predictor, Predictors
-from dipnet.models.families import describe
 from dipnet.models.load import load_model
 from dipnet.sim.trace import open_trace
 from tests.checkpoints import WORDS
 from tests.cli.conftest import Run
+from tests.predicted import random_predictors
 
 Error = Callable[..., str]
 PROMPT = ("--prompt", WORDS)
@@ -21,20 +19,7 @@ PROMPT = ("--prompt", WORDS)
 
 def save_predictors(checkpoint: str, path: Path, look_ahead: int = 1) -> str:
     """A file of predictors that know nothing of a checkpoint; its name."""
-    spec = describe(load_model(checkpoint, device="cpu").model)
-    model, made = PredictedModel.of(spec), torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=made)
-
-    layers = {
-        kind: [
-            Predictor(random(2, model.width), random(2), random(units, 2), random(units))
-            for _ in range(model.layers)
-        ]
-        for kind, units in (("mlp", model.neurons), ("head", model.heads))
-    }
-    Predictors(model, look_ahead, layers).save(path)
+    random_predictors(load_model(checkpoint, device="cpu").model, look_ahead).save(path)
     return str(path)
 
 
@@ -94,6 +79,28 @@ def test_run(run: Run, llama: str, fitted: str, tmp_path: Path) -> None:
     trace = open_trace(tmp_path / "t")
     assert trace.tokens == 5
     assert {site.name for site in trace.sites} == {"attn.head", "mlp.neuron"}
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "trace"])
+def test_simulate(
+    run: Run, llama: str, text: str, fitted: str, tmp_path: Path, source: str
+) -> None:
+    """The neurons are records; heads are in memory with the rest of attention."""
+    method = f"dejavu:mlp_density=0.25,head_density=0.5,predictors={fitted}"
+    asked = ("--text", text, "--windows", "1", "--method", method)
+    if source == "trace":
+        run("eval", llama, *asked, "--trace", str(tmp_path / "t"))
+        asked, source = (), str(tmp_path / "t")
+    else:
+        source = llama
+    tail = ("--memory", "80%,90%", "--policy", "lfu", "--json")
+    rows = run("simulate", source, *asked, *tail).json["rows"]
+    dense, sparse = rows[0], rows[-1]
+    assert sparse["method"] == method
+    assert sparse["density"] == pytest.approx(0.25)
+    assert sparse["bytes_per_token"] < dense["bytes_per_token"]
+    shaped = run("simulate", source, *asked, "--shape", "mistral-7b", *tail).json
+    assert shaped["rows"][-1]["density"] == pytest.approx(0.25, abs=0.01)
 
 
 def test_errors(error: Error, llama: str, opt: str, text: str, fitted: str, tmp_path: Path) -> None:

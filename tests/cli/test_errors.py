@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +259,8 @@ def test_a_divided_density_has_no_split_to_fit(
 def test_usage(error: Error, arguments: tuple[str, ...], message: str) -> None:
     found = error(*arguments)
     assert message in found
-    assert found.endswith(f"(see dipnet {arguments[0]} --help)")
+    command = " ".join(takewhile(str.isalpha, arguments))
+    assert found.endswith(f"(see dipnet {command} --help)")
 
 
 def test_an_unknown_command(error: Error) -> None:

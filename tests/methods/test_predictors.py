@@ -49,13 +49,6 @@ def test_a_bottleneck_of_two_matrices() -> None:
     assert bent.scores("head", 0, X).tolist() == [[1.0, 0.0, 6.0], [0.0, 1.0, 6.0]]
 
 
-def test_normalised_they_do_not_see_the_size_of_the_stream() -> None:
-    made = predictors(normalise="rms")
-    assert torch.allclose(made.scores("mlp", 1, X), made.scores("mlp", 1, 1000 * X), atol=1e-4)
-    unit = X / X.square().mean(-1, keepdim=True).sqrt()
-    assert torch.allclose(made.scores("mlp", 1, X), predictors().scores("mlp", 1, unit), atol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("given", "computed"),
     [
@@ -119,7 +112,7 @@ def file(tmp_path: Path) -> Path:
 def test_what_is_saved_is_loaded(file: Path) -> None:
     made, found = predictors(), Predictors.load(file)
     assert (found.model, found.look_ahead, found.card) == (MODEL, 1, CARD)
-    assert (found.activation, found.normalise) == ("none", "none")
+    assert found.activation == "none"
     assert found.kinds == ("mlp", "head")
     assert found.source == str(file)
     for kind in found.kinds:
@@ -128,10 +121,10 @@ def test_what_is_saved_is_loaded(file: Path) -> None:
 
 def test_settings_and_half_precision(tmp_path: Path) -> None:
     half = predictor(3).to(device=torch.device("cpu"), dtype=torch.bfloat16)
-    made = predictors(look_ahead=2, activation="relu", normalise="rms", layers={"head": [half] * 3})
+    made = predictors(look_ahead=2, activation="relu", layers={"head": [half] * 3})
     made.save(tmp_path / "p")
     found = Predictors.load(tmp_path / "p")
-    assert (found.look_ahead, found.activation, found.normalise) == (2, "relu", "rms")
+    assert (found.look_ahead, found.activation) == (2, "relu")
     assert found.kinds == ("head",)
     assert torch.equal(found.scores("head", 0, X), made.scores("head", 0, X))
 
@@ -203,7 +196,6 @@ def test_another_version(file: Path) -> None:
         ("look_ahead", 7),
         ("look_ahead", "1"),
         ("activation", "gelu"),
-        ("normalise", "layer"),
         ("kinds", []),
         ("kinds", ["mlp", "expert"]),
         ("model", {}),

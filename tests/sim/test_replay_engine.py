@@ -110,7 +110,7 @@ def test_a_dense_prompt_leaves_the_caches_cold(store: Path, tmp_path: Path, poli
 def test_evaluation_and_the_engine_count_alike(tmp_path: Path, policy: str) -> None:
     """A window at once under `sparsify`, with the slots that an engine would have."""
     method: Method = dipnet.DIP(0.5, cache_aware=0.3)
-    model = load_model(MODEL).model
+    model = load_model(MODEL, device="cpu").model
     with dipnet.sparsify(model, method, cache=dipnet.CacheSettings(0.4, policy)):
         ids = torch.randint(2, 8000, (2, TOKENS), generator=torch.Generator().manual_seed(1))
         with dipnet.record(model, tmp_path / "trace"), torch.no_grad():

@@ -128,7 +128,7 @@ class FitSettings:
     def _targets(self, spec: ModelSpec) -> dict[Kind, Target]:
         targets: dict[Kind, Target] = {}
         if self.mlp_density is not None:
-            natural = "active" if spec.activation in RELU_LIKE else self.mlp_density
+            natural: Target = "active" if spec.activation in RELU_LIKE else self.mlp_density
             targets["mlp"] = natural if self.target is None else self.target
         if self.head_density is not None:
             targets["head"] = self.head_density if self.head_share is None else self.head_share

@@ -24,10 +24,12 @@ from dipnet.adapt.collect import Collector, calls
 from dipnet.adapt.fit_settings import FitSettings
 from dipnet.adapt.fitting import FEW_TOKENS, TOKENS_A_CALL, Fit, Progress
 from dipnet.adapt.quality import Measured, Quality
+from dipnet.errors import InputError
 from dipnet.files import check_writable
 from dipnet.methods.predictors import Kind, PredictedModel, Predictors
 from dipnet.models.attach import check_dense
 from dipnet.models.families import default_window
+from dipnet.models.load import check_device
 from dipnet.streaming.stats import process_bytes
 
 
@@ -60,7 +62,7 @@ def fit_predictors(
         check_writable(Path(out))
     began = time.perf_counter()
     calibration = _calibration(model, tokens, window, bos)
-    trained_on = torch.device(device) if device else model.device
+    trained_on = _trained_on(model, device)
     if trained_on.type == "cuda":
         torch.cuda.reset_peak_memory_stats(trained_on)
     fit = Fit(calibration, chosen, trained_on, progress or (lambda *_: None))
@@ -104,6 +106,18 @@ def measure_predictors(
     for call in calls(calibration.windows, TOKENS_A_CALL.get(model.device.type, FEW_TOKENS)):
         measured.add(collector.see(call))
     return measured.qualities()
+
+
+def _trained_on(model: PreTrainedModel, device: str | torch.device | None) -> torch.device:
+    """The device to train on; InputError where that is neither a CPU nor a CUDA GPU."""
+    chosen = check_device(str(device)) if device else model.device
+    for each in (chosen, model.device):
+        if each.type not in ("cpu", "cuda"):
+            raise InputError(
+                f"predictors are fitted on a CPU or a CUDA GPU, not on {each.type!r}: move the "
+                "model there, or use --device cpu"
+            )
+    return chosen
 
 
 def _calibration(

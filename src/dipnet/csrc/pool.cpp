@@ -12,8 +12,8 @@ namespace {
 
 constexpr std::uint64_t kTaskBits = 32;
 constexpr std::uint64_t kClosed = std::numeric_limits<std::uint32_t>::max();
-// Longer than what torch does between two of our calls: waking a thread some 200 times a token costs
-// a quarter of it, and on a virtual machine a processor that sleeps may be given away.
+// Longer than what torch does between two of our calls: a thread that sleeps is woken some 200 times a
+// token, and on a virtual machine a processor that sleeps may be given away.
 constexpr auto kAwake = std::chrono::milliseconds(3);
 constexpr int kSpins = 256;  // between two looks at the clock
 
@@ -79,6 +79,7 @@ void Pool::serve() {
     const auto idle = [&] { return epoch_.load(std::memory_order_relaxed) == seen; };
     while (idle() && std::chrono::steady_clock::now() < until) {
       for (int spin = 0; spin < kSpins && idle(); ++spin) pause();
+      std::this_thread::yield();  // to threads that read the disk, or whoever has work to do
     }
     epoch_.wait(seen);
     seen = epoch_.load();

@@ -80,7 +80,7 @@ class Report:
 def table(report: Report) -> Table:
     """The rows for a terminal; a dash where nothing could be measured."""
     made = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
-    made.add_column("method", no_wrap=True)
+    made.add_column("method", overflow="fold")  # the name of a file may be in it: figures stay
     extra = _extra_columns(report)
     for column in (*COLUMNS, *extra):
         made.add_column(column, justify="right", no_wrap=True)

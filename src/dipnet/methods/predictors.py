@@ -28,12 +28,9 @@ Kind = Literal["mlp", "head"]
 """What is predicted: the neurons of an MLP, or the query heads of attention."""
 Activation = Literal["none", "relu"]
 """What stands between a predictor's two matrices."""
-Normalise = Literal["none", "rms"]
-"""What a predictor does with the residual first: nothing, or divide it by its root mean square."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 KEY = "dipnet"
-EPSILON = 1e-6
 _PARTS = ("w1", "b1", "w2", "b2")
 _Size = Annotated[int, Field(ge=1, lt=2**31)]
 _Word = Annotated[str, Field(min_length=1, max_length=200)]
@@ -84,7 +81,6 @@ class Header(BaseModel):
     model: PredictedModel
     look_ahead: Annotated[int, Field(ge=min(LOOK_AHEADS), le=max(LOOK_AHEADS))]
     activation: Activation = "none"
-    normalise: Normalise = "none"
     kinds: Annotated[list[Kind], Field(min_length=1, max_length=len(KINDS))]
     card: dict[str, JsonValue]
 
@@ -121,7 +117,6 @@ class Predictors:
     look_ahead: int
     layers: Mapping[Kind, Sequence[Predictor]] = field(repr=False)
     activation: Activation = "none"
-    normalise: Normalise = "none"
     card: Mapping[str, Any] = field(default_factory=dict, repr=False)
     source: str = ""
 
@@ -164,8 +159,6 @@ class Predictors:
         x = x.detach()
         x = x if x.dtype == torch.float64 else x.float()
         predictor = self._near(kind, layer, x)
-        if self.normalise == "rms":
-            x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + EPSILON)
         inner = torch.nn.functional.linear(x, predictor.w1, predictor.b1)
         if self.activation == "relu":
             inner = inner.relu()
@@ -203,7 +196,6 @@ class Predictors:
             model=self.model,
             look_ahead=self.look_ahead,
             activation=self.activation,
-            normalise=self.normalise,
             kinds=list(self.kinds),
             card=dict(self.card),
         )
@@ -233,7 +225,6 @@ class Predictors:
                 look_ahead=header.look_ahead,
                 layers=layers,
                 activation=header.activation,
-                normalise=header.normalise,
                 card=header.card,
                 source=str(path),
             )

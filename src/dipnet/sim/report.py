@@ -65,7 +65,7 @@ def table(simulation: Simulation) -> Table:
     """The rows for a terminal; a dash where something was not measured."""
     made = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     for column in LEFT:
-        made.add_column(column, no_wrap=column != "device")
+        made.add_column(column, no_wrap=column not in ("device", "method"), overflow="fold")
     for column in RIGHT:
         made.add_column(column, justify="right", no_wrap=True)
     for row in simulation.rows:

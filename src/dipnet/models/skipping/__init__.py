@@ -67,14 +67,14 @@ def why_not(decoder: Decoder, method: Method, sites: Sequence[Site]) -> str | No
 def _why_not_masks(method: Method, sites: Sequence[Site]) -> str | None:
     if not sites:
         return f"has nothing to skip: {method.name} decides no masks"
-    if type(method).select is not TopK.select:
-        return f"needs a fixed number of kept units, which {method.name} does not have"
     for site in sites:
         if site.name not in KINDS or site.scored_on not in EARLY or _in_blocks(site):
             return (
                 f"needs neurons and heads that are chosen before their block, and {method.name} "
                 f"decides {site.name} on {site.scored_on}"
             )
+    if type(method).select is not TopK.select:
+        return f"needs a fixed number of kept units, which {method.name} does not have"
     return None
 
 

@@ -9,10 +9,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from dipnet.models.families import Decoder
-from dipnet.models.skipping.gathering import Columns, gather_blocks
+from dipnet.models.skipping.gathering import Columns, rows_product
 from dipnet.models.tokens import TokenState
 from dipnet.models.usage import Usage
 from dipnet.units import Site, kept_units
@@ -112,10 +111,10 @@ class Skip:
     def _rows(self, matrix: str, x: Tensor, index: Tensor) -> Tensor:
         """(..., inputs) -> (..., channels of the units at ``index``): their rows of a matrix."""
         module, part, block = self.holders[matrix], self.parts[matrix], self.site.block
-        weight = gather_blocks(module.weight[part], index, block)
-        bias = None if module.bias is None else gather_blocks(module.bias[part], index, block)
-        self.skipping.usage.count_gathered(matrix, weight.numel())
-        return functional.linear(x, weight, bias)
+        bias = None if module.bias is None else module.bias[part]
+        made = rows_product(x, module.weight[part], bias, index, block)
+        self.skipping.usage.count_gathered(matrix, made.shape[-1] * x.shape[-1])
+        return made
 
     def _columns(self, matrix: str, x: Tensor, index: Tensor) -> Tensor:
         """(..., channels of the units at ``index``) -> (..., outputs): their columns."""

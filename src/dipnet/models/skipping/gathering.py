@@ -5,20 +5,26 @@ Shapes are fixed on every device but the CPU, and nothing waits for one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+AT_ONCE = ("cpu",)
+"""Devices that compute at once: nothing waits when they are asked for a number."""
+PIECE_BYTES = 1 << 20
+"""Weights that a CPU copies and multiplies at a time: they should stay in its cache between."""
+
 
 def kept_indices(mask: Tensor, most: int) -> Tensor:
     """(n,) bool -> the indices of what is kept; all n of them are in order.
 
     On a CPU as many as there are. Elsewhere ``most``, which must be no fewer, so that nothing waits
-    for the device: first the kept ones, then others, which the masks still drop.
+    for the device: first the kept ones, then others, which the masks drop later.
     """
-    if mask.device.type == "cpu":
+    if mask.device.type in AT_ONCE:
         return mask.nonzero().squeeze(-1)
     if most >= len(mask):
         return torch.arange(len(mask), device=mask.device)
@@ -30,6 +36,41 @@ def gather_blocks(parameter: Tensor, index: Tensor, block: int) -> Tensor:
     if len(index) * block == len(parameter):  # all of them, in order
         return parameter
     return parameter.unflatten(0, (-1, block)).index_select(0, index).flatten(0, 1)
+
+
+def rows_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, block: int
+) -> Tensor:
+    """(..., inputs) -> (..., kept * block): the blocks of rows at ``index`` times ``x``."""
+    made = [
+        functional.linear(x, gather_blocks(weight, piece, block))
+        for piece in _pieces(index, weight, block)
+    ]
+    product = made[0] if len(made) == 1 else torch.cat(made, dim=-1)
+    return product if bias is None else product + gather_blocks(bias, index, block)
+
+
+def columns_product(x: Tensor, columns: Tensor, index: Tensor, block: int) -> Tensor:
+    """(..., kept * block) -> (..., outputs): the blocks of (n * block, outputs) at ``index``."""
+    if block == 1 and x.numel() == len(index) and x.device.type == "cpu":
+        # one token: added up where the columns lie, without a copy of them
+        flat = x.reshape(1, -1)
+        summed = functional.embedding_bag(index[None], columns, per_sample_weights=flat, mode="sum")
+        return summed.view(*x.shape[:-1], -1)
+    pieces = _pieces(index, columns, block)
+    parts = x.split([len(piece) * block for piece in pieces], dim=-1)
+    made = [
+        part @ gather_blocks(columns, piece, block)
+        for part, piece in zip(parts, pieces, strict=True)
+    ]
+    return made[0] if len(made) == 1 else torch.stack(made).sum(dim=0)
+
+
+def _pieces(index: Tensor, weight: Tensor, block: int) -> Sequence[Tensor]:
+    """An index in pieces whose copies stay in a CPU's cache; whole where nothing is copied."""
+    if weight.device.type != "cpu" or len(index) * block == len(weight):
+        return (index,)
+    return index.split(max(1, PIECE_BYTES // (block * weight[0].nbytes)))
 
 
 class Columns:
@@ -47,8 +88,8 @@ class Columns:
         """(..., kept * block) values of the kept columns -> (..., outputs)."""
         if not self._turned:
             self._turn()
-        rows = gather_blocks(self.module.weight.t(), index, block)
-        return functional.linear(x, rows.t(), self.module.bias)
+        made = columns_product(x, self.module.weight.t(), index, block)
+        return made if self.module.bias is None else made + self.module.bias
 
     def undo(self) -> None:
         """The order in memory as it was."""
