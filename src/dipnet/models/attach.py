@@ -61,8 +61,8 @@ def sparsify(
     Without ``cache`` everything is in memory.
 
     ``backend`` is "reference", which computes everything and multiplies with masks; "skip", which
-    in decoding computes what the masks keep; or "auto": "skip" where that is possible, which is
-    where neurons and heads are chosen before their block, as Deja Vu's predictors do. Keys and
+    in decoding computes what the masks keep; or "auto": "skip" on a CPU where that is possible. It
+    is where neurons and heads are chosen before their block, as by Deja Vu's predictors. Keys and
     values of skipped heads are computed when a head next needs them, from what attention read for
     the last ``kept_inputs`` tokens, and in turn before one of these is forgotten. A call with
     gradients, or of several tokens a sequence, skips nothing.

@@ -44,6 +44,8 @@ def choose_skip(
 ) -> bool:
     """Whether a backend's name means to skip, on that model with that method.
 
+    "auto" does on a CPU: on a GPU, what plain torch gathers takes longer than the whole product.
+
     Raises BackendError when it is "skip" and that is impossible, or no name of a backend, and
     InputError when ``kept_inputs`` is no number of tokens.
     """
@@ -51,7 +53,7 @@ def choose_skip(
         raise InputError(f"kept_inputs is a number of tokens from 1 up, not {kept_inputs!r}")
     if backend not in BACKENDS:
         raise BackendError(f"no backend {backend!r}; there are: {', '.join(BACKENDS)}")
-    if backend == "reference":
+    if backend == "reference" or (backend == "auto" and decoder.model.device.type != "cpu"):
         return False
     reason = why_not(decoder, method, sites)
     if backend == "skip" and reason:
