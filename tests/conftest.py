@@ -2,8 +2,13 @@
 
 import os
 
+import hypothesis
 import pytest
 import torch
+
+# How long an example takes says nothing of the code: machines are shared.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, which is later
 

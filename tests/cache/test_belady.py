@@ -74,14 +74,14 @@ def most_hits(slots: int, masks: NDArray[np.bool_]) -> int:
     return best(0, frozenset())
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(case=traces(most=5, accesses=6))
 def test_nothing_has_more_hits(case: tuple[int, NDArray[np.bool_]]) -> None:
     slots, masks = case
     assert hits(told(masks, slots), masks) == most_hits(slots, masks)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(case=traces(most=60, accesses=40))
 def test_no_policy_beats_it(case: tuple[int, NDArray[np.bool_]]) -> None:
     slots, masks = case
@@ -90,7 +90,7 @@ def test_no_policy_beats_it(case: tuple[int, NDArray[np.bool_]]) -> None:
         assert known >= hits(make_cache(masks.shape[1], slots, policy), masks)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(case=traces(most=60, accesses=40), block=st.integers(1, 50))
 def test_the_rules_hold_whatever_the_block(case: tuple[int, NDArray[np.bool_]], block: int) -> None:
     slots, masks = case

@@ -82,7 +82,7 @@ def traces(draw: st.DrawFn) -> tuple[int, int, list[NDArray[np.bool_]]]:
 
 
 @each_policy
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(case=traces())
 def test_native_equals_reference(policy: str, case: tuple) -> None:
     units, slots, masks = case
@@ -95,7 +95,7 @@ def test_native_equals_reference(policy: str, case: tuple) -> None:
 
 @each_backend
 @each_policy
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(case=traces())
 def test_the_rules_hold(backend: str, policy: str, case: tuple) -> None:
     units, slots, masks = case

@@ -31,7 +31,7 @@ def oracle(scores: list[float], resident: list[bool], gamma: float, k: int) -> l
 
 
 @on_cpu
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_any_row(backend: str, data: st.DataObject) -> None:
     number = st.floats(0, width=32) | st.sampled_from(SPECIAL)

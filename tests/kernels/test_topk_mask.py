@@ -47,14 +47,14 @@ def rows_and_k(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
 
 
 @on_cpu
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(case=rows_and_k())
 def test_any_floats(backend: str, case: tuple[torch.Tensor, int]) -> None:
     check(*case, backend)
 
 
 @on_cpu
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(values=st.lists(st.sampled_from(SPECIAL), min_size=1, max_size=300), data=st.data())
 def test_many_ties(backend: str, values: list[float], data: st.DataObject) -> None:
     check(torch.tensor(values), data.draw(st.integers(0, len(values))), backend)

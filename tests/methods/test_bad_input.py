@@ -24,6 +24,7 @@ WITH_DENSITY: list[Callable[[Any], Any]] = [
     dipnet.CATS,
     dipnet.TEAL,
     dipnet.Wanda,
+    dipnet.CETT,
 ]
 
 

@@ -234,6 +234,18 @@ def test_everything_is_divided_evenly() -> None:
     assert set(method.layer_densities.values()) == {1.0}
 
 
+def test_densities_of_ones_own() -> None:
+    own = {(0, "mlp.neuron"): 0.75, (1, "mlp.neuron"): 0.25}
+    method = DejaVu(0.5, predictors=PREDICTED, layer_densities=own)
+    with dipnet.sparsify(shared("llama"), method) as model:
+        logits(model, TOKENS)
+        assert dipnet.usage(model).density().mlp_by_layer == (0.75, 0.25)
+    with pytest.raises(InputError, match="another shape"):
+        dipnet.sparsify(shared("llama"), replace(method, layer_densities={(0, "mlp.neuron"): 1.0}))
+    with pytest.raises(InputError, match=r"the density of mlp.neuron in layer 0 must be in \(0, 1"):
+        replace(method, layer_densities={(0, "mlp.neuron"): 0.0})
+
+
 def test_a_uniform_density_needs_no_text() -> None:
     method = DejaVu(0.3, predictors=PREDICTED)
     assert not method.needs_calibration

@@ -143,7 +143,7 @@ def traces(draw: st.DrawFn) -> tuple[int, Masked]:
     return slots, Masked([site(0, "mlp.hidden", units)], [wanted], tokens)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(case=traces())
 def test_belady_never_loses(case: tuple[int, Masked]) -> None:
     slots, trace = case
@@ -153,7 +153,7 @@ def test_belady_never_loses(case: tuple[int, Masked]) -> None:
     assert len({each.hits + each.misses for each in found.values()}) == 1
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(case=traces(), policy=st.sampled_from(["lru", "lfu"]))
 def test_counts_are_the_caches_own(case: tuple[int, Masked], policy: str) -> None:
     slots, trace = case

@@ -264,7 +264,7 @@ def test_any_description(sound: Path, tmp_path: Path, data: st.DataObject) -> No
     read_all(rewrite(sound, tmp_path / "t", change))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     widths=st.lists(st.integers(1, 40), min_size=1, max_size=2),
     pieces=st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any),

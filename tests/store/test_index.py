@@ -133,7 +133,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.data())
 def test_mutated(packed: Path, data: st.DataObject) -> None:
     """A changed index is the same index, another sound one, or an InputError of one line."""
@@ -150,7 +150,7 @@ def test_mutated(packed: Path, data: st.DataObject) -> None:
     check_refused_or_sound(json.dumps(content).encode())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_changed_bytes(packed: Path, data: st.DataObject) -> None:
     content = bytearray((packed / "index.json").read_bytes())

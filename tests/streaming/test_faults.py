@@ -348,7 +348,7 @@ NUMBERS = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=400, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_layout(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Any numbers give a ValueError, or a site that multiplies or finds its records damaged."""

@@ -14,7 +14,7 @@ from dipnet.errors import InputError
 from dipnet.methods.base import Calibration, Scores, SiteKey
 from dipnet.methods.heads import NeuronsAndHeads
 from dipnet.methods.predictors import Kind, Predictors
-from dipnet.units import LOOK_AHEADS, ModelSpec, ScoredOn, Site, residual_place
+from dipnet.units import LOOK_AHEADS, ModelSpec, ScoredOn, Site, check_density, residual_place
 
 ALLOCATIONS = ("uniform", "scores")
 STEEPEST = 80.0
@@ -35,7 +35,8 @@ class DejaVu(NeuronsAndHeads):
 
     ``allocation`` divides a density among the pruned layers: "uniform" gives each the same, and
     "scores" gives more to the layers where the predictors expect more, keeping the mean: over the
-    calibration text, as many units as lie above one probability that all layers share.
+    calibration text, as many units as lie above one probability that all layers share. Densities of
+    one's own are ``layer_densities``, by (layer, site name), one for every site.
     """
 
     name: ClassVar[str] = "dejavu"
@@ -62,6 +63,8 @@ class DejaVu(NeuronsAndHeads):
                 f"unknown allocation {self.allocation!r} for {self.name}; known: "
                 f"{', '.join(ALLOCATIONS)}"
             )
+        for (layer, site), density in (self.layer_densities or {}).items():
+            check_density(density, f"the density of {site} in layer {layer}")
         if isinstance(self.predictors, Path):  # a file's name is told, where settings are told
             object.__setattr__(self, "predictors", str(self.predictors))
         object.__setattr__(self, "fitted", self._load())
@@ -121,7 +124,7 @@ class DejaVu(NeuronsAndHeads):
             return True
         keys = {(site.layer, site.name) for site in self.sites(spec)}
         at = (self.mlp_density, self.head_density)
-        return keys == set(self.layer_densities) and at == self.calibrated_at
+        return keys == set(self.layer_densities) and self.calibrated_at in (None, at)
 
     def calibrated(self, calibration: Calibration) -> Self:
         if self.allocation == "uniform":

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dipnet.errors import InputError
+from dipnet.errors import InputError, complaint
 from dipnet.files import write_file
 from dipnet.units import LOOK_AHEADS, ModelSpec
 
@@ -250,9 +250,7 @@ def _header(path: Path, metadata: Mapping[str, str] | None) -> Header:
     try:
         return Header.model_validate_json(json.dumps(said))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        at = ".".join(map(str, first["loc"]))
-        raise InputError(f"{path} is damaged: {at}: {first['msg']}") from None
+        raise InputError(f"{path} is damaged: {complaint(error)}") from None
 
 
 def _read(path: Path, file: Any, kind: Kind, header: Header) -> list[Predictor]:

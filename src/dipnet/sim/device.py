@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dipnet.errors import InputError
+from dipnet.errors import InputError, complaint
 from dipnet.registry import unknown
 from dipnet.store.geometry import Weights
 
@@ -256,7 +256,7 @@ def parse_device(content: bytes, source: str) -> Device:
             )
         return Device.model_validate_json(content)
     except ValidationError as error:
-        raise InputError(f"{source} is no device: {_first(error)}; {REMEDY}") from None
+        raise InputError(f"{source} is no device: {complaint(error)}; {REMEDY}") from None
 
 
 class _Head(BaseModel):
@@ -264,11 +264,3 @@ class _Head(BaseModel):
 
     format: object = None
     version: object = None
-
-
-def _first(error: ValidationError) -> str:
-    """The first complaint of pydantic, in one line."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(map(str, found["loc"]))
-    message = " ".join(found["msg"].removeprefix("Value error, ").split())[:200]
-    return f"{where[:80]}: {message}" if where else message

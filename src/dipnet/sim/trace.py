@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 
 from dipnet.cache import check_policy
-from dipnet.errors import InputError
+from dipnet.errors import InputError, complaint
 from dipnet.sim.shape import SETTINGS, ModelShape, Size, Word
 from dipnet.store.geometry import round_up
 
@@ -243,14 +243,6 @@ def _damage(path: Path) -> Iterator[None]:
     else:
         return
     raise InputError(f"the trace {path} is damaged: {reason}; record it again") from None
-
-
-def complaint(error: ValidationError) -> str:
-    """The first complaint of pydantic, in one line."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(map(str, first["loc"]))[:80]
-    message = _line(first["msg"].removeprefix("Value error, "))
-    return f"{where}: {message}" if where else message
 
 
 def _line(message: object) -> str:

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from dipnet.errors import InputError
+from dipnet.errors import InputError, complaint
 from dipnet.files import check_writable, whole_file
 from dipnet.sim.shape import ModelShape
-from dipnet.sim.trace import KEY, Header, Layout, TraceCache, TraceSite, complaint
+from dipnet.sim.trace import KEY, Header, Layout, TraceCache, TraceSite
 from dipnet.store.geometry import round_up
 
 MOST_TOKENS = 2**62 - 1

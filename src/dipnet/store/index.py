@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dipnet.errors import InputError
+from dipnet.errors import InputError, complaint
 from dipnet.store.geometry import (
     GROUP_ALIGNMENT,
     MAX_CHANNELS,
@@ -173,7 +173,7 @@ def parse_index(content: bytes, file: Path = Path(INDEX_NAME)) -> Index:
         _check_version(content, file)
         return Index.model_validate_json(content)
     except ValidationError as error:
-        raise InputError(f"{file} is damaged: {_first(error)}; {REMEDY}") from None
+        raise InputError(f"{file} is damaged: {complaint(error)}; {REMEDY}") from None
 
 
 REMEDY = "pack the model again"
@@ -235,14 +235,6 @@ def _check_size(file: Path, expected: int) -> None:
             f"{file} has {size} bytes, its index says {expected}: it was cut off or changed; copy "
             f"the store again, or {REMEDY}"
         )
-
-
-def _first(error: ValidationError) -> str:
-    """The first complaint of pydantic, in one line."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(map(str, found["loc"]))
-    message = " ".join(found["msg"].removeprefix("Value error, ").split())[:200]
-    return f"{where[:80]}: {message}" if where else message
 
 
 def _check_presence(index: Index) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dipnet.errors import InputError
+from dipnet.errors import InputError, complaint
 from dipnet.methods.base import Method
 from dipnet.methods.request import parse_method
 from dipnet.sim.sizes import Split
@@ -245,7 +245,7 @@ def parse_plan(content: bytes, source: str) -> Plan:
             )
         return Plan.model_validate_json(content)
     except ValidationError as error:
-        raise InputError(f"{source} is no plan: {_first(error)}; {REMEDY}") from None
+        raise InputError(f"{source} is no plan: {complaint(error)}; {REMEDY}") from None
 
 
 class _Head(BaseModel):
@@ -253,11 +253,3 @@ class _Head(BaseModel):
 
     format: object = None
     version: object = None
-
-
-def _first(error: ValidationError) -> str:
-    """The first complaint of pydantic, in one line."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(map(str, found["loc"]))
-    message = " ".join(found["msg"].removeprefix("Value error, ").split())[:200]
-    return f"{where[:80]}: {message}" if where else message
