@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dipnet.adapt.histogram import ScoreHistogram
@@ -28,7 +28,6 @@ def exact(values: list[float], density: float) -> float:
     return sorted(values, reverse=True)[math.ceil(density * len(values)) - 1]
 
 
-@settings()
 @given(scores, densities)
 def test_it_is_the_quantile_to_within_a_bin(values: list[float], density: float) -> None:
     threshold = histogram(torch.tensor(values)).threshold(density)
@@ -36,7 +35,6 @@ def test_it_is_the_quantile_to_within_a_bin(values: list[float], density: float)
     assert threshold == pytest.approx(quantile, rel=BIN, abs=2.0**-126)
 
 
-@settings()
 @given(scores, densities, densities)
 def test_a_higher_density_has_no_higher_threshold(
     values: list[float], one: float, other: float
@@ -66,7 +64,6 @@ def test_the_share_that_exceeds_it() -> None:
         assert share == pytest.approx(density, abs=2e-4)
 
 
-@settings()
 @given(scores, st.floats(0, 2.0**101))
 def test_a_share_is_right_to_within_a_bin(values: list[float], threshold: float) -> None:
     share = histogram(torch.tensor(values)).share(threshold)
