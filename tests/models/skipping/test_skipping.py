@@ -260,6 +260,16 @@ def test_a_cache_that_lacks_something_is_good_for_nothing_else() -> None:
     torch.testing.assert_close(last, evaluate(model, method, ids)[:, 5:], **CLOSE)
 
 
+def test_a_cache_that_was_reset_lacks_nothing() -> None:
+    model, ids = own("llama"), tokens(1, 12)
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    with sparse(model, Turns(0.2, 0.125)):
+        decode(model, ids, cache)
+    cache.reset()
+    dense = decode(model, ids, cache)
+    torch.testing.assert_close(dense, decode(model, ids, prompt=12), **CLOSE)
+
+
 # --- undo ---
 
 
