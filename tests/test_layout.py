@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "dipnet"
 # A room imports only what stands above it. A new room takes its place here.
 ORDER = [
     {"errors"},
-    {"units", "files", "_native"},
+    {"units", "files", "described", "_native"},
     {"registry", "kernels", "cache"},
     {"dipnet"},  # the lazy names in __init__.py
     {"methods"},
@@ -31,7 +31,7 @@ ORDER = [
     {"__main__"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
-NO_TORCH = {"errors", "units", "files", "registry", "cache", "dipnet", "sim"}
+NO_TORCH = {"errors", "units", "files", "described", "registry", "cache", "dipnet", "sim"}
 NO_MODELS = NO_TORCH | {"kernels", "methods", "store"}
 
 MODULES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}

@@ -13,17 +13,15 @@ from typing import Annotated, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dipnet.errors import InputError, complaint
+from dipnet.described import Described
+from dipnet.errors import InputError
 from dipnet.registry import unknown
 from dipnet.store.geometry import Weights
 
 FORMAT = "dipnet-device"
 VERSION = 1
-MAX_FILE_BYTES = 1 << 20
-"""A probed device has some tens of kilobytes."""
-REMEDY = "take a preset, or measure this machine with `dipnet probe --out FILE`"
 
 _SETTINGS = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 Positive = Annotated[float, Field(gt=0)]
@@ -226,41 +224,17 @@ def load_device(name_or_path: str | Path) -> Device:
     name = str(name_or_path)
     if name in known:
         preset = resources.files("dipnet.sim").joinpath("devices", f"{name}.json")
-        return parse_device(preset.read_bytes(), name)
+        return _FILES.parse(preset.read_bytes(), name)
     path = Path(name_or_path)
     if not path.exists() and not name.endswith(".json") and path.name == name:
         raise unknown("device", name, known, " A file that dipnet probe wrote is one too.")
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"cannot read the device {name}: {reason}; presets: {', '.join(known)}"
-        ) from None
-    if len(content) > MAX_FILE_BYTES:
-        raise InputError(f"{name} is larger than any device: {REMEDY}")
-    return parse_device(content, name)
+    return _FILES.read(path)
 
 
-def parse_device(content: bytes, source: str) -> Device:
-    """The device that the bytes of ``source`` hold; InputError says what is wrong with it."""
-    try:
-        head = _Head.model_validate_json(content)
-        if head.format != FORMAT:
-            raise InputError(f"{source} is no device, it has no format {FORMAT!r}: {REMEDY}")
-        if head.version != VERSION:
-            raise InputError(
-                f"{source} is a device of version {str(head.version)[:20]} and this dipnet reads "
-                f"{VERSION}: {REMEDY}"
-            )
-        return Device.model_validate_json(content)
-    except ValidationError as error:
-        raise InputError(f"{source} is no device: {complaint(error)}; {REMEDY}") from None
-
-
-class _Head(BaseModel):
-    """What must be understood before the rest can be."""
-
-    format: object = None
-    version: object = None
+_FILES = Described(
+    "device",
+    FORMAT,
+    VERSION,
+    Device,
+    f"take a preset ({', '.join(presets())}), or measure this machine: `dipnet probe --out FILE`",
+)

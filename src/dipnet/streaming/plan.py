@@ -11,9 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dipnet.errors import InputError, complaint
+from dipnet.described import Described
+from dipnet.errors import InputError
 from dipnet.methods.base import Method
 from dipnet.methods.request import parse_method
 from dipnet.sim.sizes import Split
@@ -24,8 +25,6 @@ from dipnet.units import parse_size, size_text
 
 FORMAT = "dipnet-plan"
 VERSION = 1
-MAX_FILE_BYTES = 1 << 20
-"""A plan has two kilobytes."""
 REMEDY = "make one with `dipnet plan MODEL --out FILE`"
 SIZES = ("memory", "cache")
 Policy = Literal["lfu", "lru"]
@@ -221,35 +220,7 @@ class Plan(BaseModel):
 
 def open_plan(path: str | Path) -> Plan:
     """The plan in a file; InputError, in one line, when it is none or says what cannot be."""
-    try:
-        with Path(path).open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot read the plan {path}: {reason}; {REMEDY}") from None
-    if len(content) > MAX_FILE_BYTES:
-        raise InputError(f"{path} is larger than any plan: {REMEDY}")
-    return parse_plan(content, str(path))
+    return _FILES.read(Path(path))
 
 
-def parse_plan(content: bytes, source: str) -> Plan:
-    """The plan that the bytes of ``source`` hold; InputError says what is wrong with it."""
-    try:
-        head = _Head.model_validate_json(content)
-        if head.format != FORMAT:
-            raise InputError(f"{source} is no plan, it has no format {FORMAT!r}: {REMEDY}")
-        if head.version != VERSION:
-            raise InputError(
-                f"{source} is a plan of version {str(head.version)[:20]} and this dipnet reads "
-                f"{VERSION}: {REMEDY}"
-            )
-        return Plan.model_validate_json(content)
-    except ValidationError as error:
-        raise InputError(f"{source} is no plan: {complaint(error)}; {REMEDY}") from None
-
-
-class _Head(BaseModel):
-    """What must be understood before the rest can be."""
-
-    format: object = None
-    version: object = None
+_FILES = Described("plan", FORMAT, VERSION, Plan, REMEDY)
