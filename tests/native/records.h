@@ -93,7 +93,7 @@ inline std::vector<float> product(Group& group, const float* x, const bool* mask
     }
   }
   std::vector<float> y(layout.rows);
-  finish(layout.kind, activations, total, 0, layout.rows, y.data());
+  finish(layout.kind, activations, &total, 1, 0, layout.rows, y.data());
   return y;
 }
 
