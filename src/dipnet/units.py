@@ -83,8 +83,43 @@ class Site:
         return sum(op.weights_per_unit for op in self.operands if op.shared_by > 1)
 
 
+class DecoderMatrices:
+    """What follows from the shapes of a decoder layer's ``matrices``, (outputs, inputs) by name."""
+
+    matrices: Mapping[str, tuple[int, int]]
+
+    @property
+    def mlp_matrices(self) -> tuple[str, ...]:
+        """The names of the MLP's matrices, in the order of computation."""
+        return tuple(name for name in MLP_MATRICES if name in self.matrices)
+
+    @property
+    def input_matrices(self) -> tuple[str, ...]:
+        """The MLP matrices that read the layer's input: all but ``down``."""
+        return self.mlp_matrices[:-1]
+
+    @property
+    def width(self) -> int:
+        """Channels of the residual stream."""
+        return self.matrices["down"][0]
+
+    def weights(self, *matrices: str) -> int:
+        """Weights of the named matrices in one layer."""
+        return sum(self.matrices[name][0] * self.matrices[name][1] for name in matrices)
+
+    @property
+    def mlp_weights(self) -> int:
+        """Weights of one layer's MLP matrices."""
+        return self.weights(*self.mlp_matrices)
+
+    @property
+    def attention_weights(self) -> int:
+        """Weights of one layer's attention projections."""
+        return self.weights(*ATTENTION_MATRICES)
+
+
 @dataclass(frozen=True)
-class ModelSpec:
+class ModelSpec(DecoderMatrices):
     """The shapes of a decoder, as far as sparsity is concerned.
 
     ``matrices`` maps a name (``gate``, ``up``, ``down``, ``q``, ``k``, ``v``, ``o``) to its
@@ -106,21 +141,6 @@ class ModelSpec:
         return "gate" in self.matrices
 
     @property
-    def mlp_matrices(self) -> tuple[str, ...]:
-        """The names of the MLP's matrices, in the order of computation."""
-        return tuple(name for name in MLP_MATRICES if name in self.matrices)
-
-    @property
-    def input_matrices(self) -> tuple[str, ...]:
-        """The MLP matrices that read the layer's input: all but ``down``."""
-        return self.mlp_matrices[:-1]
-
-    @property
-    def width(self) -> int:
-        """Channels of the residual stream."""
-        return self.matrices["down"][0]
-
-    @property
     def neurons(self) -> int:
         """Neurons of one layer's MLP."""
         return self.matrices["down"][1]
@@ -129,20 +149,6 @@ class ModelSpec:
     def head_size(self) -> int:
         """Channels of one attention head."""
         return self.matrices["q"][0] // self.heads
-
-    def weights(self, *matrices: str) -> int:
-        """Weights of the named matrices in one layer."""
-        return sum(self.matrices[name][0] * self.matrices[name][1] for name in matrices)
-
-    @property
-    def mlp_weights(self) -> int:
-        """Weights of one layer's MLP matrices."""
-        return self.weights(*self.mlp_matrices)
-
-    @property
-    def attention_weights(self) -> int:
-        """Weights of one layer's attention projections."""
-        return self.weights(*ATTENTION_MATRICES)
 
     @property
     def weights_per_token(self) -> int:

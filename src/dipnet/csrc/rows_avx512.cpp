@@ -4,9 +4,8 @@
 #endif
 #include <immintrin.h>
 
-#include <cstring>
-
 #include "rows_pass.h"
+#include "rows_x86.h"
 
 #define DIPNET_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,fma")))
 
@@ -25,18 +24,6 @@ inline __m128i fold(__m512i sums) {
   const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(sums),
                                         _mm512_extracti64x4_epi64(sums, 1));
   return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-}
-
-// Adds the sums of a tile's groups times the row's multipliers.
-DIPNET_TARGET
-inline __m256d add_groups(__m256d lanes, __m128i sums, const RowTile& tile,
-                          const std::uint8_t* multipliers) {
-  std::int32_t four;
-  std::memcpy(&four, multipliers, sizeof four);
-  const __m256d r = _mm256_cvtepi32_pd(_mm_cvtepi8_epi32(_mm_cvtsi32_si128(four)));
-  const auto* const offset = reinterpret_cast<const __m128i*>(tile.offset);
-  const __m256d sum = _mm256_cvtepi32_pd(_mm_sub_epi32(sums, _mm_load_si128(offset)));
-  return _mm256_fmadd_pd(sum, _mm256_mul_pd(r, _mm256_load_pd(tile.unit)), lanes);
 }
 
 DIPNET_TARGET

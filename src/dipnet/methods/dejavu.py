@@ -35,7 +35,7 @@ class DejaVu(NeuronsAndHeads):
 
     ``allocation`` divides a density among the pruned layers: "uniform" gives each the same, and
     "scores" gives more to the layers where the predictors expect more, keeping the mean: over the
-    calibration text, as many units as lie above one probability that all layers share. Densities of
+    calibration text, as many units as lie above one score that all layers share. Densities of
     one's own are ``layer_densities``, by (layer, site name), one for every site.
     """
 
@@ -157,7 +157,7 @@ class DejaVu(NeuronsAndHeads):
 
 @dataclass(frozen=True)
 class _Odds(DejaVu):
-    """Scores with the odds p / (1 - p) of the predicted probability: positive numbers."""
+    """Scores as their exponentials, positive numbers: odds, where the scores are log odds."""
 
     def score(self, site: Site, x: Tensor) -> Tensor:
         return super().score(site, x).clamp(-STEEPEST, STEEPEST).exp()

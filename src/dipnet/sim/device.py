@@ -6,7 +6,7 @@ it is trusted. docs/devices.md explains every field.
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -224,17 +224,16 @@ def load_device(name_or_path: str | Path) -> Device:
     name = str(name_or_path)
     if name in known:
         preset = resources.files("dipnet.sim").joinpath("devices", f"{name}.json")
-        return _FILES.parse(preset.read_bytes(), name)
+        return _files().parse(preset.read_bytes(), name)
     path = Path(name_or_path)
     if not path.exists() and not name.endswith(".json") and path.name == name:
         raise unknown("device", name, known, " A file that dipnet probe wrote is one too.")
-    return _FILES.read(path)
+    return _files().read(path)
 
 
-_FILES = Described(
-    "device",
-    FORMAT,
-    VERSION,
-    Device,
-    f"take a preset ({', '.join(presets())}), or measure this machine: `dipnet probe --out FILE`",
-)
+@cache
+def _files() -> Described[Device]:
+    """How a device's file is read."""
+    known = ", ".join(presets())
+    remedy = f"take a preset ({known}), or measure this machine with `dipnet probe --out FILE`"
+    return Described("device", FORMAT, VERSION, Device, remedy)

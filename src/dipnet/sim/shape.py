@@ -13,7 +13,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from dipnet.registry import unknown
-from dipnet.units import ATTENTION_MATRICES, MLP_MATRICES
+from dipnet.units import ATTENTION_MATRICES, DecoderMatrices
 
 SETTINGS = ConfigDict(strict=True, extra="ignore", revalidate_instances="always")
 Size = Annotated[int, Field(ge=1, lt=2**31)]
@@ -28,7 +28,7 @@ _ALWAYS = {*ATTENTION_MATRICES, "up", "down"}
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class ModelShape(DecoderMatrices):
     """What a simulation knows of a model.
 
     ``matrices`` maps a name (``gate``, ``up``, ``down``, ``q``, ``k``, ``v``, ``o``) to its
@@ -71,35 +71,6 @@ class ModelShape:
             raise ValueError("the matrices of attention do not fit each other")
         if {outputs[name] for name in self.input_matrices} != {inputs["down"]}:
             raise ValueError("the matrices of the MLP do not fit each other")
-
-    @property
-    def mlp_matrices(self) -> tuple[str, ...]:
-        """The names of the MLP's matrices, in the order of computation."""
-        return tuple(name for name in MLP_MATRICES if name in self.matrices)
-
-    @property
-    def input_matrices(self) -> tuple[str, ...]:
-        """The MLP matrices that read the layer's input: all but ``down``."""
-        return self.mlp_matrices[:-1]
-
-    @property
-    def width(self) -> int:
-        """Channels between the layers."""
-        return self.matrices["down"][0]
-
-    def weights(self, *matrices: str) -> int:
-        """Weights of the named matrices in one layer."""
-        return sum(self.matrices[name][0] * self.matrices[name][1] for name in matrices)
-
-    @property
-    def mlp_weights(self) -> int:
-        """Weights of one layer's MLP matrices."""
-        return self.weights(*self.mlp_matrices)
-
-    @property
-    def attention_weights(self) -> int:
-        """Weights of one layer's attention projections."""
-        return self.weights(*ATTENTION_MATRICES)
 
 
 def load_shape(name: str) -> ModelShape:
