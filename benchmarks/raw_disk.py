@@ -20,14 +20,16 @@ import numpy as np
 
 from dipnet._native import Reader
 from dipnet.store.index import RECORDS_NAME, Group, Index, read_index
+from dipnet.streaming.budget import CACHED
 
 CHUNK = 256  # reads that are handed over at a time
+BLOCK = 128 << 10  # bytes of a large read
 CHUNKS = 4  # buffers that are taken in turn; what is in them does not matter
 
 
 def mlp_groups(index: Index) -> list[Group]:
-    """The groups that masks thin."""
-    return [group for group in index.groups if group.name in ("mlp.in", "mlp.hidden")]
+    """The groups whose records may be streamed."""
+    return [group for group in index.groups if group.name in CACHED]
 
 
 def wanted(groups: list[Group], density: float, seed: int) -> Iterator[tuple[int, list[int]]]:
@@ -41,16 +43,40 @@ def wanted(groups: list[Group], density: float, seed: int) -> Iterator[tuple[int
                 yield group.record_bytes, offsets[start : start + CHUNK].tolist()
 
 
+def blocks(size: int, seed: int) -> Iterator[tuple[int, list[int]]]:
+    """The block's size and offsets of chunks of whole blocks of a file of so many bytes."""
+    rng = np.random.default_rng(seed)
+    while True:
+        yield BLOCK, (rng.integers(0, size // BLOCK, 64) * BLOCK).tolist()
+
+
 def record_speed(
     store: Path, seconds: float = 2.0, depth: int = 128, density: float = 0.5, seed: int = 0
 ) -> float:
     """Bytes per second of random records at this depth; OSError when a read fails."""
     groups = mlp_groups(read_index(store))
     size = CHUNK * max(group.record_bytes for group in groups)
+    return read_speed(store, wanted(groups, density, seed), size, seconds, depth)
+
+
+def block_speed(store: Path, seconds: float = 2.0, depth: int = 128, seed: int = 0) -> float:
+    """Bytes per second of large reads: what the disk can do; OSError when a read fails."""
+    chunks = blocks(read_index(store).records_bytes, seed)
+    return read_speed(store, chunks, CHUNK * BLOCK, seconds, depth)
+
+
+def read_speed(
+    store: Path,
+    chunks: Iterator[tuple[int, list[int]]],
+    size: int,
+    seconds: float,
+    depth: int,
+) -> float:
+    """Bytes per second of chunks of reads that take ``size`` bytes at most."""
     buffers = [np.frombuffer(mmap.mmap(-1, size), np.uint8) for _ in range(CHUNKS)]
     reader = Reader(store / RECORDS_NAME, depth)
     start = time.perf_counter()
-    for number, (record, offsets) in enumerate(wanted(groups, density, seed)):
+    for number, (record, offsets) in enumerate(chunks):
         rows = buffers[number % CHUNKS][: len(offsets) * record].reshape(-1, record)
         reader.submit_rows(offsets, rows, 0)
         while reader.outstanding > depth + CHUNK:

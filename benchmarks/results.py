@@ -3,8 +3,9 @@
     python benchmarks/results.py --data FOLDER [--device auto] [--windows N]
 
 FOLDER holds gutenberg/valid.txt, gutenberg/test.txt and wikitext2/wiki.test.tokens, plain or as
-.xz. What is fitted (DIP's and WINA's split, thresholds, Wanda's masks) is fitted on the validation
-books, once for each model and density, and measured on the two test texts. Writes docs/results/:
+.xz. What is fitted (DIP's and WINA's split, thresholds, Wanda's masks; Deja Vu's predictors, once
+for all densities) is fitted on the validation books, once for each model and density, and measured
+on the two test texts. Writes docs/results/:
 a JSON file for each model and text, a plot for each text, and tables.md. The last line is JSON.
 The physical limit of an evaluation is the dense model's arithmetic at the rate of a large matrix
 product, which is measured in the same run.
@@ -20,7 +21,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 
@@ -41,10 +42,13 @@ from dipnet.models.load import DEMO_MODELS, LoadedModel, load_model
 from dipnet.registry import METHODS
 
 DENSITIES = (0.8, 0.67, 0.5, 0.4, 0.3)
-VARIANTS = ("teal:attention=false", "wanda:pattern=2:4")
+VARIANTS = ("teal:attention=false", "wanda:pattern=2:4", "dejavu:allocation=scores")
 TEXTS = {"gutenberg": "gutenberg/test.txt", "wikitext2": "wikitext2/wiki.test.tokens"}
 VALIDATION = "gutenberg/valid.txt"
 WINDOW = 512
+PREDICTOR_TOKENS = 400_000
+PREDICTED = 0.5
+"""The density that predictors are fitted for, in the middle of those that are measured."""
 OUT = Path(__file__).parent.parent / "docs" / "results"
 console = Console(stderr=True)
 
@@ -81,13 +85,23 @@ class Fitting:
 
     calibration: TokenText
     split: TokenText
+    predictors: TokenText
 
     @classmethod
     def of(cls, loaded: LoadedModel, run: Run) -> Fitting:
         """The model's tokens of both."""
         text = read(run.data / VALIDATION)
         whole = TokenText(text, tokenize(loaded.tokenizer, text.content))
-        return cls(whole.first(CALIBRATION_TOKENS), whole.first(run.split_windows * WINDOW))
+        return cls(
+            whole.first(CALIBRATION_TOKENS),
+            whole.first(run.split_windows * WINDOW),
+            whole.first(PREDICTOR_TOKENS),
+        )
+
+    def predicting(self, loaded: LoadedModel) -> dipnet.Predictors:
+        """Predictors of the model's neurons."""
+        settings = {"mlp_density": PREDICTED, "head_density": None, "window": WINDOW}
+        return dipnet.fit_predictors(loaded.model, self.predictors.tokens, **settings)
 
 
 def fitted_jobs(loaded: LoadedModel, fitting: Fitting, run: Run) -> Iterator[Job]:
@@ -100,10 +114,14 @@ def fitted_jobs(loaded: LoadedModel, fitting: Fitting, run: Run) -> Iterator[Job
         split_text=fitting.split.tokens,
         batch_size=run.batch_size,
     )
+    predictors = fitting.predicting(loaded)
     grid = [(request, density) for request in methods() for density in DENSITIES]
     for request, density in track(grid, f"{loaded.name}: fitting", console=console):
         try:
-            yield Job(request.label, density, fitter(request.build(density)))
+            method = request.build(density)
+            if isinstance(method, dipnet.DejaVu):
+                method = replace(method, predictors=predictors)
+            yield Job(request.label, density, fitter(method))
         except InputError as error:
             yield Job(request.label, density, None, str(error))
 

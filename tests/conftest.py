@@ -11,6 +11,8 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, which is later
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when our Triton kernels are imported
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -49,6 +49,22 @@ def test_json_line_has_no_nan(tool: Any) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("points", "loss", "found"),
+    [
+        ([(0.0, 0.0), (0.4, 0.02), (0.2, 0.0)], 0.01, 0.3),
+        ([(0.0, 0.0), (0.2, 0.03), (0.3, 0.01), (0.5, 0.05)], 0.01, 0.3),
+        ([(-0.1, 0.0), (0.1, 0.04)], 0.01, -0.05),
+        ([(0.1, 0.005), (0.2, 0.01)], 0.01, 0.2),
+        ([(0.1, 0.02), (0.2, 0.03)], 0.01, None),
+    ],
+)
+def test_the_highest_sparsity_within_a_loss(
+    tool: Any, points: list[tuple[float, float]], loss: float, found: float | None
+) -> None:
+    assert tool("deja_vu_report").highest_sparsity(points, loss) == pytest.approx(found)
+
+
 @pytest.fixture
 def cgroup(tool: Any) -> Any:
     """The module, where this system lets us make a memory cgroup."""

@@ -124,7 +124,7 @@ def test_counts_by_hand() -> None:
     scores = torch.tensor([[[3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0]]])
     worth = torch.tensor([[[1.0, 0.0, 2.0, 4.0], [0.0, 0.0, 0.0, 8.0]]])
     counts = Counts.of(scores, worth.to(CODE).view(torch.uint8), 2)
-    quality = counts.qualities(2, 4)[0]
+    quality = counts.qualities([2], 4)[0]
     # Of 4 wanted units the two top-2 hold the first token's first and the second token's last.
     assert (quality.wanted, quality.density) == (4 / 8, 0.5)
     assert (quality.recall, quality.precision) == (2 / 4, 2 / 4)

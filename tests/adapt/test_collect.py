@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dipnet.adapt.collect import CODE, Collector, Rule, Sample, Seen, calls, decoded
@@ -112,6 +112,52 @@ def test_a_worth_beyond_a_byte_stays_wanted() -> None:
     coded = made._coded("mlp", 0, torch.tensor([[1e-30, 0.0, -1e30, 3.0]]))
     limits = torch.finfo(CODE)
     assert decoded(coded).tolist() == [[limits.smallest_normal, 0.0, limits.max, 3.0]]
+
+
+def sensitivities(model: PreTrainedModel, matrix: str, layer: int, token: int) -> Tensor:
+    """(channels,) how the first window's loss changes as a channel of a token grows by its own
+    size, by differences of losses: large ones, since norms compute in float32."""
+    of_layer = linear_layers(model.get_decoder().layers[layer], model.config)
+    module = next(m for m, held in of_layer.items() if matrix in [name for name, _ in held])
+
+    @torch.no_grad()
+    def loss(channel: int, change: float) -> Tensor:
+        def scale(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            x = args[0].clone()
+            x.view(-1, x.shape[-1])[token, channel] *= 1 + change
+            return (x,)
+
+        handle = module.register_forward_pre_hook(scale)
+        scores = model(WINDOWS[:1]).logits[0, :-1].log_softmax(dim=-1)
+        handle.remove()
+        return -scores.gather(1, WINDOWS[0, 1:, None]).sum()
+
+    return torch.stack(
+        [(loss(i, 0.01) - loss(i, -0.01)) / 0.02 for i in range(module.weight.shape[1])]
+    )
+
+
+@every_family
+@pytest.mark.parametrize("frozen", [False, True])
+def test_by_gradient_a_unit_is_worth_what_it_changes_the_loss(family: str, frozen: bool) -> None:
+    model = tiny(family).requires_grad_(not frozen)
+    rules: dict[Kind, Rule] = {
+        "mlp": Rule(0.25, 1.0, 1.0, "gradient"),
+        "head": Rule(0.4, 1.0, 1.0, "gradient"),
+    }
+    seen = Collector(Decoder(model), rules, 1, CPU).see(WINDOWS[:1])
+    token, heads = 7, model.config.num_attention_heads
+    for kind, matrix, layer in (("mlp", "down", 0), ("head", "o", 0), ("head", "o", 1)):
+        changes = sensitivities(model, matrix, layer, token).abs()
+        changes = changes.view(heads, -1).sum(dim=-1) if kind == "head" else changes
+        coded = decoded(seen.codes[kind][layer, token]).double()
+        wanted, k = coded != 0, round((0.25 if kind == "mlp" else 0.4) * len(changes))
+        assert int(wanted.sum()) == min(k, int((changes > 1e-9).sum()))  # ReLU may leave fewer
+        assert changes[wanted].min() > 0.9 * changes.topk(k).values.min()  # but for differences
+        shares = changes[wanted] / changes[wanted].sum()
+        torch.testing.assert_close(coded[wanted] / coded.sum(), shares, rtol=0.3, atol=0)
+    assert not any(seen.codes["mlp"][:, -1].flatten())  # the last token has nothing to tell
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_room_of_a_token() -> None:

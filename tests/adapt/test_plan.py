@@ -73,7 +73,7 @@ class Stub:
     @property
     def task(self) -> Any:
         group = SimpleNamespace(block=1)
-        index = SimpleNamespace(activation="silu", group=lambda *_: group)
+        index = SimpleNamespace(activation="silu", neurons=group)
         return SimpleNamespace(index=index, blocks=dict.fromkeys(self.blocks))
 
     dense = ()

@@ -81,6 +81,17 @@ def test_recall_is_that_of_the_top_k_by_hand(family: str) -> None:
         assert quality.precision == pytest.approx(hits / kept.numel(), abs=2e-3)
 
 
+def test_recall_where_every_layer_keeps_its_own_share() -> None:
+    model, made = shared("llama"), fitted("llama")
+    own = {(0, "mlp.neuron"): 0.5, (1, "attn.head"): 1 / 3}
+    found = dipnet.measure_predictors(model, made, OTHER, window=WINDOW, layer_densities=own)
+    for kind, layer, density in (("mlp", 0, 0.5), ("head", 1, 1 / 3)):
+        alone = {f"{kind}_density": density, "target": 0.2, "head_share": 0.5}
+        whole = dipnet.measure_predictors(model, made, OTHER, window=WINDOW, **alone)
+        assert found[kind][layer] == whole[kind][layer]
+    assert found["mlp"][1].density == pytest.approx(0.2, abs=0.01)
+
+
 @torch.no_grad()
 def _place(model: PreTrainedModel, tokens: Tensor, place: int) -> Tensor:
     """(tokens, width) a decoder layer's input: places of a look-ahead of one are such."""
@@ -203,6 +214,7 @@ def test_a_bank_of_all_layers_learns_as_banks_of_one(monkeypatch: pytest.MonkeyP
         ({"target": 7.0}, "target must be in (0, 1], got 7.0"),
         ({"look_ahead": 3}, "look_ahead is one of 0, 1, 2 blocks, not 3"),
         ({"activation": "gelu"}, "activation is none or relu, not 'gelu'"),
+        ({"criterion": "hessian"}, "criterion is magnitude or gradient, not 'hessian'"),
         ({"rank": 0}, "rank is a whole number from 1 on, not 0"),
         ({"epochs": 1.5}, "epochs is a whole number from 1 on, not 1.5"),
         ({"rate": 0.0}, "rate is a number above 0, not 0.0"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dipnet.methods.predictors import Predictors
 from dipnet.models.load import load_model
 from dipnet.sim.trace import open_trace
 from tests.checkpoints import WORDS
@@ -81,6 +82,17 @@ def test_run(run: Run, llama: str, fitted: str, tmp_path: Path) -> None:
     assert {site.name for site in trace.sites} == {"attn.head", "mlp.neuron"}
 
 
+def test_backends_of_a_run_agree(run: Run, error: Error, llama: str, fitted: str) -> None:
+    method = f"dejavu:mlp_density=0.25,head_density=0.5,predictors={fitted}"
+    asked = ("run", llama, *PROMPT, "--method", method, "--max-new-tokens", "6", "--device", "cpu")
+    found = [run(*asked, "--backend", each, "--json").json for each in ("skip", "reference")]
+    assert found[0]["text"] == found[1]["text"]
+    assert found[0]["density"] == found[1]["density"]
+    assert "no backend 'fast'; there are: auto, reference" in error(*asked, "--backend", "fast")
+    dip = ("run", llama, *PROMPT, "--backend", "skip", "--device", "cpu")
+    assert "backend 'skip' needs neurons and heads that are chosen before" in error(*dip)
+
+
 @pytest.mark.parametrize("source", ["checkpoint", "trace"])
 def test_simulate(
     run: Run, llama: str, text: str, fitted: str, tmp_path: Path, source: str
@@ -99,7 +111,12 @@ def test_simulate(
     assert sparse["method"] == method
     assert sparse["density"] == pytest.approx(0.25)
     assert sparse["bytes_per_token"] < dense["bytes_per_token"]
-    shaped = run("simulate", source, *asked, "--shape", "mistral-7b", *tail).json
+    held = Predictors.load(fitted)
+    added = 4 * (held.numbers("mlp") + held.numbers("head"))
+    fixed = [row["memory_used"] - row["cached"] for row in (dense, sparse)]
+    assert fixed[1] - fixed[0] == added
+    large = ("--device", "laptop-nvme", "--memory", "6GiB", "--json")
+    shaped = run("simulate", source, *asked, "--shape", "mistral-7b", *large).json
     assert shaped["rows"][-1]["density"] == pytest.approx(0.25, abs=0.01)
 
 
@@ -121,3 +138,45 @@ def test_errors(error: Error, llama: str, opt: str, text: str, fitted: str, tmp_
         *("--density", "0.5"),
     )
     assert "--density has no effect" in message
+
+
+def test_from_disk(
+    run: Run, error: Error, llama: str, text: str, fitted: str, tmp_path: Path
+) -> None:
+    """Packed by neurons: run, eval and simulate; by columns it says what to do."""
+    store = str(tmp_path / "store")
+    run("pack", llama, store, "--weights", "int8", "--unit", "neuron")
+    method = ("--method", f"dejavu:mlp_density=0.25,head_density=0.5,predictors={fitted}")
+    asked = (*PROMPT, "--max-new-tokens", "8", *method)
+    traced = ("--trace", str(tmp_path / "trace"))
+    made = [
+        run("run", store, *asked, *options, "--json").json
+        for options in ((), ("--cache", "8KiB", *traced), ("--cache", "8KiB", "--no-look-ahead"))
+    ]
+    assert made[0]["text"] == made[1]["text"] == made[2]["text"]
+    held, ahead, late = (each["decoding"]["sites"]["mlp.neuron"] for each in made)
+    assert held["misses"] == 0 < ahead["misses"] == late["misses"]
+    assert ahead["guessed"] == ahead["useful"] >= ahead["early"]
+    assert ahead["useful"] + ahead["read"] == late["read"] + late["useful"] == ahead["misses"]
+    trace = open_trace(tmp_path / "trace")
+    assert {site.name for site in trace.sites} == {"attn.head", "mlp.neuron"}
+    rows = run("simulate", str(tmp_path / "trace"), "--memory", "100%", "--json").json["rows"]
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+    found = run("eval", store, "--text", text, *method, "--cache", "8KiB", "--json").json["rows"]
+    assert found[1]["density"]["mlp"] == 0.25
+    assert 0 < found[1]["store"]["hit_rate"] < 1
+    assert "chooses columns of input channels" in error("run", store, *PROMPT, "--method", "dip")
+    columns = str(tmp_path / "columns")
+    run("pack", llama, columns)
+    assert "pack the model with --unit neuron" in error("run", columns, *asked)
+    assert "dipnet plan plans dip" in error("plan", store, "--text", text)
+
+
+def test_weights_pack_what_the_method_needs(
+    run: Run, llama: str, fitted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIPNET_CACHE", str(tmp_path))
+    asked = ("run", llama, *PROMPT, "--max-new-tokens", "4", "--weights", "int8", "--method")
+    run(*asked, f"dejavu:mlp_density=0.25,predictors={fitted}")
+    run(*asked, "dip")
+    assert sorted(store.name[-8:] for store in tmp_path.iterdir()) == ["-int8-v1", "-int8-v2"]

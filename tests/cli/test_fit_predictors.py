@@ -54,12 +54,12 @@ def test_no_more_of_the_text_than_is_asked_for(
     run: Run, opt: str, book: str, tmp_path: Path
 ) -> None:
     file = str(tmp_path / "a")
-    arguments = ("--tokens", "1400", "--kind", "heads", "--seed", "3")
+    arguments = ("--tokens", "1400", "--kind", "heads", "--seed", "3", "--criterion", "gradient")
     found = run(
         *("fit", "predictors", opt, "--text", book, "--out", file, *QUICK, *arguments, "--json")
     ).json
     assert found["text"]["tokens"] == 1400
-    assert found["settings"]["seed"] == 3
+    assert (found["settings"]["seed"], found["settings"]["criterion"]) == (3, "gradient")
     assert found["settings"]["mlp_density"] is None
 
 

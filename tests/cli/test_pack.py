@@ -46,6 +46,29 @@ def test_calibration(run: Run, llama: str, text: str, tmp_path: Path) -> None:
     assert read_index(store).neurons_permuted
 
 
+def test_whole_neurons(run: Run, error: Error, llama: str, text: str, tmp_path: Path) -> None:
+    store = str(tmp_path / "store")
+    packed = run("pack", llama, store, "--weights", "int8", "--unit", "neuron", "--json").json
+    assert packed["unit"] == "neuron"
+    assert [row["group"] for row in packed["groups"]] == [
+        *("attn.in", "attn.out", "mlp.neuron", "head")
+    ]
+    assert [row["columns"] for row in packed["groups"]] == [1, 1, 3, 1]
+    checked = run("check", store, "--json").json
+    assert (checked["intact"], checked["records"]) == (True, 2 * (16 + 16 + 48) + 16)
+    info = run("info", store, "--json").json
+    assert info["streamed_bytes"] == packed["groups"][2]["bytes"]
+    assert "The records of mlp.neuron" in run("info", store).out
+    other = str(tmp_path / "other")
+    for options in (("--block", "2"), ("--calibration", text)):
+        message = error("pack", llama, other, "--unit", "neuron", *options)
+        assert "of one neuron" in message or "a record of a whole neuron" in message
+    content = bytearray((tmp_path / "store" / "records.bin").read_bytes())
+    content[-700] ^= 4
+    (tmp_path / "store" / "records.bin").write_bytes(content)
+    assert "is damaged, 1 of" in error("check", store)
+
+
 def test_errors(error: Error, llama: str, text: str, tmp_path: Path) -> None:
     store = str(tmp_path / "store")
     assert "no folder '/of/nobody'" in error("pack", "/of/nobody", store)

@@ -35,20 +35,22 @@ struct Group {
 };
 
 inline Group make_group(Kind kind, std::size_t units, std::size_t block, std::size_t rows,
-                        std::uint64_t number, std::uint64_t offset) {
+                        std::uint64_t number, std::uint64_t offset,
+                        std::size_t input_rows = 0) {
   Group made;
   const std::size_t outputs = (rows + kTile - 1) / kTile * kTile;
   const std::size_t stride = column_bytes(kind, outputs);
   const std::size_t record_bytes =
-      (block * stride + kChecksumBytes + kSector - 1) / kSector * kSector;
-  made.layout = {kind, units * block, block, outputs, rows, stride, record_bytes, offset, number};
+      ((block + input_rows) * stride + kChecksumBytes + kSector - 1) / kSector * kSector;
+  made.layout = {kind,   units * block, block,  outputs, rows,
+                 stride, record_bytes,  offset, number,  input_rows};
   made.records.resize(units * record_bytes);
   for (std::uint8_t& byte : made.records) {
     byte = static_cast<std::uint8_t>(generator());
     if (byte == 0x80 || byte == 0x7f || byte == 0xff) byte = 3;  // no multiplier, no NaN of bf16
   }
   for (std::size_t u = 0; u < units; ++u) made.seal(u);
-  for (std::size_t i = 0; kind != Kind::bf16 && i < units * block; ++i) {
+  for (std::size_t i = 0; kind != Kind::bf16 && i < units * block * (input_rows + 1); ++i) {
     made.scale.push_back(static_cast<float>(generator() % 1000) / 500);
   }
   return made;
@@ -69,15 +71,16 @@ inline std::vector<float> product(Group& group, const float* x, const bool* mask
   const auto keep = std::make_unique<bool[]>(layout.channels);
   for (std::size_t i = 0; i < layout.channels; ++i) keep[i] = mask[i / layout.block];
   Activations activations;
-  activations.set(x, group.scale.empty() ? nullptr : group.scale.data(), keep.get(),
-                  layout.channels);
+  const float* const scale =
+      group.scale.empty() ? nullptr : group.scale.data() + layout.input_rows * layout.channels;
+  activations.set(x, scale, keep.get(), layout.channels);
   Totals total;
   total.reset(layout.kind, layout.outputs, activations.classes);
   const auto add = [&](std::size_t first, std::size_t last, int magnitude) {
     std::vector<Term> terms;
     for (std::size_t i = first * layout.block; i < last * layout.block; ++i) {
       if (!keep[i] || (magnitude >= 0 && activations.magnitude[i] != magnitude)) continue;
-      const std::size_t unit = i / layout.block, place = i % layout.block;
+      const std::size_t unit = i / layout.block, place = layout.input_rows + i % layout.block;
       terms.push_back({group.record(unit) + place * layout.stride, static_cast<std::uint32_t>(i)});
     }
     accumulate(layout.kind, layout.outputs, terms.data(), terms.size(), activations, total, 0,

@@ -24,7 +24,7 @@ std::uint64_t any_number() {
 
 void change(Layout& layout) {
   const std::uint64_t to = any_number();
-  switch (generator() % 8) {
+  switch (generator() % 9) {
     case 0: layout.channels = to; break;
     case 1: layout.block = to; break;
     case 2: layout.outputs = to; break;
@@ -32,6 +32,7 @@ void change(Layout& layout) {
     case 4: layout.stride = to; break;
     case 5: layout.record_bytes = to; break;
     case 6: layout.offset = to; break;
+    case 7: layout.input_rows = to; break;
     default: layout.kind = static_cast<Kind>(generator() % 3);
   }
 }
@@ -55,8 +56,14 @@ void use(Engine& engine, std::size_t site) {
   std::vector<float> x(kTokens * layout.channels, 1.0f), y(kTokens * layout.rows);
   engine.access(site, masks.get());
   try {
-    engine.begin(site, x.data(), masks.get(), kTokens);
-    engine.finish(y.data());
+    if (layout.input_rows > 0) {
+      std::vector<float> made(kTokens * layout.input_rows * layout.units());
+      engine.rows(site, y.data(), masks.get(), kTokens, made.data());
+      engine.columns(x.data(), y.data());
+    } else {
+      engine.begin(site, x.data(), masks.get(), kTokens);
+      engine.finish(y.data());
+    }
   } catch (const RecordError& error) {
     CHECK(error.site == site && error.unit < layout.units() && error.error == 0);
   }
@@ -70,8 +77,9 @@ int main(int argc, char** argv) {
   std::size_t used = 0, refused = 0;
   for (int round = 0; round < rounds; ++round) {
     const Kind kind = static_cast<Kind>(round % 3);
-    Group group = make_group(kind, 1 + generator() % 20, 1 + generator() % 3,
-                             1 + generator() % 300, 1, 4096 * (generator() % 2));
+    const std::size_t input_rows = generator() % 3;
+    Group group = make_group(kind, 1 + generator() % 20, input_rows ? 1 : 1 + generator() % 3,
+                             1 + generator() % 300, 1, 4096 * (generator() % 2), input_rows);
     change(group);
     write_groups(path, {group});
     Engine engine(make_reader(path, 4, "pread"), 1, 0, group.layout.record_bytes);

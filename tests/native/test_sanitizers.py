@@ -12,7 +12,7 @@ import pytest
 
 HERE = Path(__file__).parent
 PROGRAMS = sorted(path.stem.removeprefix("test_") for path in HERE.glob("test_*.cpp"))
-THREADED = sorted({"reader", "pool", "engine"} & set(PROGRAMS))
+THREADED = sorted({"reader", "pool", "engine", "neurons"} & set(PROGRAMS))
 CASES = [("address,undefined", p) for p in PROGRAMS] + [("thread", p) for p in THREADED]
 
 pytestmark = pytest.mark.skipif(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +19,11 @@ def read_group(store: Path, layer: int | None, name: str, step: int = 1) -> dict
     group = next(g for g in index["groups"] if (g["layer"], g["name"]) == (layer, name))
     rest = load_file(store / "rest.safetensors")
     label = "scale.head" if layer is None else f"scale.{layer}.{name}"
-    scales = rest[label].numpy() if label in rest else np.ones(group["channels"], np.float32)
+    size = group["channels"] * (len(group["matrices"]) if name == "mlp.neuron" else 1)
+    scales = rest[label].numpy() if label in rest else np.ones(size, np.float32)
     records = (store / "records.bin").read_bytes()
+    if name == "mlp.neuron":
+        return _neurons(group, records, index["weights"], scales, step)
     columns = []
     for channel in range(0, group["channels"], step):
         unit, place = divmod(channel, group["block"])
@@ -30,6 +34,23 @@ def read_group(store: Path, layer: int | None, name: str, step: int = 1) -> dict
     ends = np.cumsum(list(group["matrices"].values()))
     assert not weights[ends[-1] :].any(), "the padding is zero"
     return dict(zip(group["matrices"], np.split(weights, ends)[:-1], strict=True))
+
+
+def _neurons(
+    group: dict[str, Any], records: bytes, kind: str, scales: Floats, step: int
+) -> dict[str, Floats]:
+    """Of every matrix but the last the rows of every ``step``-th neuron, of that its columns."""
+    found: dict[str, list[Floats]] = {matrix: [] for matrix in group["matrices"]}
+    for neuron in range(0, group["channels"], step):
+        begin = group["offset"] + neuron * group["record_bytes"]
+        for place, matrix in enumerate(found):
+            at = begin + place * group["stride"]
+            scale = scales[neuron * len(found) + place]
+            column = _column(records[at : at + group["stride"]], kind, group["outputs"], scale)
+            assert not column[group["matrices"]["down"] :].any(), "the padding is zero"
+            found[matrix].append(column[: group["matrices"]["down"]])
+    made = {matrix: np.stack(columns) for matrix, columns in found.items()}
+    return made | {"down": made["down"].T}
 
 
 def _column(column: bytes, kind: str, outputs: int, scale: np.float32) -> Floats:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from dipnet.errors import InputError
 from dipnet.models.families import Decoder
 from dipnet.models.load import load_model
 from dipnet.pack import checkpoint, records, rest
 from dipnet.pack.packing import pack
 from dipnet.pack.plan import automatic_block
-from dipnet.store.geometry import WEIGHTS, Weights
+from dipnet.store.geometry import UNITS, WEIGHTS, Unit, Weights
 from dipnet.store.index import Index, read_index
 from tests.families import every_family, random_tokens, shared, tiny
 from tests.pack.reading import Floats, read_group
@@ -33,8 +35,8 @@ def check_group(found: Mapping[str, Floats], expected: Mapping[str, Tensor], kin
     """Whether the matrices of a group are what they were, but for rounding."""
     weights = {matrix: tensor.detach().float().numpy() for matrix, tensor in expected.items()}
     assert {m: v.shape for m, v in found.items()} == {m: v.shape for m, v in weights.items()}
-    wrong = np.concatenate([found[matrix] - weights[matrix] for matrix in weights])
-    right = np.concatenate(list(weights.values()))
+    wrong = np.concatenate([(found[matrix] - weights[matrix]).ravel() for matrix in weights])
+    right = np.concatenate([values.ravel() for values in weights.values()])
     assert np.abs(wrong).max() <= BOUNDS[kind] * np.abs(right).max()
     assert np.square(wrong).mean() ** 0.5 <= TYPICAL[kind] * np.square(right).mean() ** 0.5
 
@@ -47,14 +49,21 @@ def check_store(store: Path, index: Index, model: PreTrainedModel, step: int = 1
         if group.layer is not None:
             layer = group.layer
             expected = {matrix: decoder.matrix(layer, matrix) for matrix in group.matrices}
-        expected = {matrix: weights[:, ::step] for matrix, weights in expected.items()}
+        by_rows = set(expected) - {"down"} if group.name == "mlp.neuron" else set()
+        expected = {
+            matrix: weights[::step] if matrix in by_rows else weights[:, ::step]
+            for matrix, weights in expected.items()
+        }
         check_group(read_group(store, group.layer, group.name, step), expected, index.weights)
 
 
 @every_family
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_every_family(saved: Save, tmp_path: Path, family: str, weights: Weights) -> None:
-    index = pack(str(saved(family)), tmp_path / "store", weights)
+@pytest.mark.parametrize("unit", UNITS)
+def test_every_family(
+    saved: Save, tmp_path: Path, family: str, weights: Weights, unit: Unit
+) -> None:
+    index = pack(str(saved(family)), tmp_path / "store", weights, unit=unit)
     check_store(tmp_path / "store", index, shared(family))
     assert read_index(tmp_path / "store") == index
     assert not (tmp_path / "store.partial").exists()
@@ -62,10 +71,11 @@ def test_every_family(saved: Save, tmp_path: Path, family: str, weights: Weights
 
 
 @every_family
-def test_the_rest(saved: Save, tmp_path: Path, family: str) -> None:
-    index = pack(str(saved(family)), tmp_path / "store")
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_rest(saved: Save, tmp_path: Path, family: str, unit: Unit) -> None:
+    index = pack(str(saved(family)), tmp_path / "store", unit=unit)
     stored = load_file(tmp_path / "store" / "rest.safetensors")
-    scales = {group.scale_name: (group.channels,) for group in index.groups}
+    scales = {group.scale_name: (group.units * group.columns,) for group in index.groups}
     assert scales == {n: tuple(t.shape) for n, t in stored.items() if n.startswith("scale.")}
     kept = {name: tensor for name, tensor in stored.items() if name not in scales}
     model = shared(family)
@@ -88,8 +98,9 @@ def grouped_names(model: PreTrainedModel) -> set[str]:
     return {n for n, p in model.named_parameters() if id(p) in held} | {"lm_head.weight"}
 
 
-def test_a_demo_model(tmp_path: Path) -> None:
-    index = pack("demo-relu", tmp_path / "store", "int8")
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_demo_model(tmp_path: Path, unit: Unit) -> None:
+    index = pack("demo-relu", tmp_path / "store", "int8", unit=unit)
     loaded = load_model("demo-relu", device="cpu")
     check_store(tmp_path / "store", index, loaded.model, step=150)
     assert AutoConfig.from_pretrained(tmp_path / "store").model_type == "opt"
@@ -97,16 +108,17 @@ def test_a_demo_model(tmp_path: Path) -> None:
     assert tokenizer.encode("The ship") == loaded.tokenizer.encode("The ship")
 
 
-def test_shards_and_half_precision(saved: Save, tmp_path: Path) -> None:
+@pytest.mark.parametrize("unit", UNITS)
+def test_shards_and_half_precision(saved: Save, tmp_path: Path, unit: Unit) -> None:
     """Several files, read in pieces of a few rows, give the same bytes as one."""
-    one = pack(str(saved("phi3")), tmp_path / "one", "int8")
+    one = pack(str(saved("phi3")), tmp_path / "one", "int8", unit=unit)
     pieces = saved("phi3", max_shard_size="10KB")
     assert len(list(pieces.glob("*.safetensors"))) > 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "MAPPED_BYTES", 1000)
         patch.setattr(records, "SLAB_WEIGHTS", 1000)
         patch.setattr(rest, "PIECE_BYTES", 100)
-        many = pack(str(pieces), tmp_path / "many", "int8")
+        many = pack(str(pieces), tmp_path / "many", "int8", unit=unit)
     assert same_files(tmp_path / "one", tmp_path / "many") >= 3
     assert one.groups == many.groups
 
@@ -168,3 +180,29 @@ def permute(model: PreTrainedModel, layer: int, order: Tensor) -> None:
 )
 def test_automatic_blocks(weights: Weights, outputs: int, channels: int, block: int) -> None:
     assert automatic_block(weights, outputs, channels) == block
+
+
+def test_what_whole_neurons_have_no_use_for(saved: Save, tmp_path: Path) -> None:
+    folder = str(saved("llama"))
+    asked: list[tuple[dict[str, Any], str]] = [
+        ({"block": 2}, "a record of a whole neuron holds one: leave out block 2"),
+        ({"permutation": {0: torch.arange(52)}}, "leave out the permutation"),
+        ({"unit": "row"}, "no unit 'row'|unknown unit 'row'"),
+    ]
+    for options, message in asked:
+        with pytest.raises(InputError, match=message) as caught:
+            pack(folder, tmp_path / "store", **{"unit": "neuron", **options})
+        assert "\n" not in str(caught.value)
+    assert [each.name for each in tmp_path.iterdir()] == ["llama"]
+
+
+def test_another_unit_is_another_packing(saved: Save, tmp_path: Path) -> None:
+    folder = str(saved("llama"))
+
+    def interrupt(_done: int, _total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(folder, tmp_path / "store", "int8", progress=interrupt)
+    with pytest.raises(InputError, match="was begun with another unit"):
+        pack(folder, tmp_path / "store", "int8", unit="neuron")

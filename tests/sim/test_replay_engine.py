@@ -19,6 +19,7 @@ from dipnet.sim.trace import Trace, open_trace
 from dipnet.store.index import read_index
 from dipnet.streaming.attach import streamed
 from dipnet.streaming.budget import CACHED
+from tests.predicted import random_predictors
 
 TOKENS = 16
 MODEL = "demo-swiglu"
@@ -124,3 +125,36 @@ def test_evaluation_and_the_engine_count_alike(tmp_path: Path, policy: str) -> N
     assert {name: counts.hits.sum() for name, counts in by_site.items()} == counted.hits
     assert {name: counts.misses.sum() for name, counts in by_site.items()} == counted.misses
     assert found.hit_rate() == pytest.approx(counted.hit_rate)
+
+
+@each_policy
+@pytest.mark.parametrize("share", [0, 0.4, 1])
+def test_whole_neurons(tmp_path: Path, policy: str, share: float) -> None:
+    """Chosen a block ahead, with and without asking for their records there."""
+    store, method = tmp_path / "store", dipnet.RandomMasks(mlp_density=0.2, head_density=0.5)
+    pack("demo-relu", store, "int8", unit="neuron")
+    predicted = dipnet.DejaVu(
+        mlp_density=0.2,
+        predictors=random_predictors(load_model("demo-relu", device="cpu").model, 1, ["mlp"]),
+    )
+    cache = int(share * mlp_bytes(store))
+    for chosen, look_ahead in ((method, False), (predicted, False), (predicted, True)):
+        options = {"cache": cache, "policy": policy, "prefill": "sparse", "look_ahead": look_ahead}
+        model = dipnet.load(store, chosen, **options)
+        trace = recorded(model, tmp_path / "trace")
+        slots = divide_slots(trace.sites, "int8", cache)
+        found = replay(trace, slots, policy)
+        neurons = [at for at, site in enumerate(trace.sites) if site.name == "mlp.neuron"]
+        assert len(neurons) == 8
+        for at in neurons:
+            totals = streamed(model).engine.totals(trace.sites[at].key)
+            counts = found.counts[at]
+            assert streamed(model).engine.slots[trace.sites[at].key] == slots[at]
+            assert (counts.hits.sum(), counts.misses.sum()) == (totals["hits"], totals["misses"])
+            assert counts.misses.sum() == totals["read"] + totals["guessed"]
+            assert totals["guessed"] == totals["useful"]
+        stats = dipnet.stats(model)
+        missed = sum(int(found.counts[at].misses.sum()) for at in neurons)
+        size = read_index(store).neurons.record_bytes
+        assert missed * size <= stats.bytes_read
+        assert (missed > 0) == (stats.bytes_read > 0) == (share < 1)

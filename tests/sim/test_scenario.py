@@ -60,6 +60,22 @@ def test_the_time_is_that_of_the_bytes(trace: Trace) -> None:
     assert figures.tokens_per_second == pytest.approx(TOKENS / took)
 
 
+def test_what_the_method_reads_takes_memory_and_time(trace: Trace) -> None:
+    predicted = own_target(SHAPE, SITES, added=1000)
+    needs = Needs.of(predicted, "int4", CONTEXT)
+    assert needs.fixed == NEEDS.fixed + 4 * 1000
+    held = Scenario(needs.fixed, "lfu", "int4", CONTEXT)
+    plain, sparse = (run(target, held, trace).on(PHONE) for target in (TARGET, predicted))
+    assert sparse.used == needs.fixed
+    assert plain.cached > sparse.cached == 0  # the caches have what is left
+    slow, fast = (run(each, scenario(0, "none"), trace) for each in (TARGET, TARGET))
+    more = run(predicted, replace(held, policy="none"), trace).on(PHONE)
+    less = slow.on(PHONE)
+    assert fast.on(PHONE) == less
+    extra = 1 / more.tokens_per_second - 1 / less.tokens_per_second
+    assert extra == pytest.approx(4 * 1000 / 60e9)
+
+
 def test_density_is_of_weights(trace: Trace) -> None:
     weights = [site.weights_per_unit for site in SITES]
     kept = sum(

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from dipnet.errors import InputError
+from dipnet.methods.random import RandomMasks
 from dipnet.models.families import Decoder
+from dipnet.models.recording import trace_sites
 from dipnet.pack.packing import pack
 from dipnet.sim.shape import ModelShape
 from dipnet.sim.sizes import divide_bytes, divide_slots, kv_bytes, pinned_bytes, unit_bytes
@@ -91,14 +93,25 @@ def test_a_narrower_head_is_no_wider_than_the_rest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "size"),
-    [("int4", 3 * 128 // 2 + 3 * 4), ("int8", 3 * 128 + 3 * 4), ("bf16", 6 * 128)],
+    ("weights", "size"), [("int4", 128 // 2 + 4), ("int8", 128 + 4), ("bf16", 2 * 128)]
 )
 def test_a_neuron_that_is_skipped_whole(weights: Weights, size: int) -> None:
-    """Its rows of gate and up and its column of down, rounded as one column."""
+    """Its rows of gate and up and its column of down, one beside the other."""
     whole = TraceSite(0, "mlp.neuron", 9, 2, 0.5, dict.fromkeys(("gate", "up", "down"), 2 * 128))
     stride = -(-size // 64) * 64
-    assert unit_bytes(whole, weights) == -(-(2 * stride + 8) // 512) * 512
+    assert unit_bytes(whole, weights) == -(-(2 * 3 * stride + 8) // 512) * 512
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_neuron_is_a_record(tmp_path: Path, family: str, weights: Weights) -> None:
+    tiny(family).float().save_pretrained(tmp_path / "model")
+    index = pack(str(tmp_path / "model"), tmp_path / "store", weights, unit="neuron")
+    sites = trace_sites(RandomMasks(mlp_density=0.3).sites(Decoder(tiny(family)).spec))
+    assert [unit_bytes(site, weights) for site in sites] == [index.neurons.record_bytes] * 2
+    size = index.neurons.bytes
+    shares = {group.key: 0.3 if group.name == "mlp.neuron" else 1.0 for group in index.groups}
+    slots = budget.divide(index, size, shares)
+    assert divide_slots(sites, weights, size) == [slots[site.key] for site in sites]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5, 0.8, 0.97, 1.0, 2.0])

@@ -33,6 +33,12 @@ def test_stretching_over_the_same_shape_changes_nothing() -> None:
     assert stretched(SHAPE, SITES, SHAPE) == own_target(SHAPE, SITES)
 
 
+def test_what_a_method_adds_is_the_same_share_of_the_mlp() -> None:
+    assert own_target(SHAPE, SITES, 30).added_bytes == 120
+    target = stretched(SHAPE, SITES, deeper(SHAPE.layers * 2, neurons=60), added=30)
+    assert target.added == 30 * 2 * 3
+
+
 def test_layers_get_the_statistics_of_their_depth() -> None:
     assert [same_depth(layer, 6, 3) for layer in range(6)] == [0, 0, 1, 1, 2, 2]
     assert [same_depth(layer, 3, 6) for layer in range(3)] == [1, 3, 5]

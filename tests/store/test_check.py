@@ -28,7 +28,9 @@ def test_an_intact_store(store: Path) -> None:
     assert seen[-1][0] == seen[-1][1]
 
 
-def test_any_flipped_bit_of_a_record(store: Path) -> None:
+@pytest.mark.parametrize("unit", ["store", "neurons"])
+def test_any_flipped_bit_of_a_record(request: pytest.FixtureRequest, unit: str) -> None:
+    store: Path = request.getfixturevalue(unit)
     index = read_index(store)
     chosen = random.Random(0)
     for _ in range(40):

@@ -26,9 +26,21 @@ def set_group(number: int, **values: object) -> Callable[[dict[str, Any]], None]
     return lambda content: content["groups"][number].update(values)
 
 
+def set_groups(name: str, **values: object) -> Callable[[dict[str, Any]], None]:
+    """Change the group of that name in every layer."""
+
+    def change(content: dict[str, Any]) -> None:
+        for group in content["groups"]:
+            if group["name"] == name:
+                group.update(values)
+
+    return change
+
+
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str | None]] = {
     "format": (lambda c: c.update(format="zip"), "no index of a dipnet store"),
-    "version": (lambda c: c.update(version=2), "of version 2 and this dipnet reads 1"),
+    "version": (lambda c: c.update(version=3), "of version 3 and this dipnet reads 1 and 2"),
+    "unit": (lambda c: c.update(version=2), "2 layers need 7 groups"),
     "weights": (lambda c: c.update(weights="int3"), "'int3'; known: int4, int8, bf16"),
     "missing": (lambda c: c.pop("layers"), "layers: Field required"),
     "text": (lambda c: c.update(layers="2"), "layers: Input should be a valid integer"),
@@ -68,6 +80,53 @@ def test_wrong(store: Path, wrong: str) -> None:
         read_index(store)
     assert str(store / "index.json") in str(error.value) or "sizes" in wrong
     assert "\n" not in str(error.value)
+
+
+NEURONS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "unit": (lambda c: c.update(version=1), "2 layers need 9 groups"),
+    "name": (set_group(2, name="mlp.hidden"), "group 2 is mlp.hidden of layer 0, out of its place"),
+    "matrices": (set_group(2, matrices={"down": 24}), "cannot hold the matrices down"),
+    "order": (
+        set_group(2, matrices={"up": 52, "gate": 52, "down": 24}),
+        "cannot hold the matrices up, gate, down",
+    ),
+    "block": (set_group(2, block=2), "mlp.neuron of layer 0 cannot have blocks"),
+    "stride": (set_group(2, stride=192), "stride is 192, must be 128"),
+    "record": (set_group(2, record_bytes=1024), "record_bytes is 1024, must be 512"),
+    "outputs": (set_group(2, outputs=256), "outputs is 256, must be 128"),
+    "rows": (
+        set_groups("mlp.neuron", matrices={"gate": 52, "up": 48, "down": 24}),
+        "mlp.neuron takes other channels than its matrices give",
+    ),
+    "neurons": (
+        set_groups("mlp.neuron", channels=48),
+        "mlp.neuron takes other channels than its matrices give",
+    ),
+    "width": (
+        set_groups("mlp.neuron", matrices={"gate": 52, "up": 52, "down": 20}),
+        "disagree about the model's width",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", NEURONS)
+def test_wrong_neurons(neurons: Path, wrong: str) -> None:
+    change, message = NEURONS[wrong]
+    edit(neurons, change)
+    with pytest.raises(InputError, match=message) as error:
+        read_index(neurons)
+    assert "\n" not in str(error.value)
+
+
+def test_shapes_of_neurons(neurons: Path) -> None:
+    index = read_index(neurons)
+    group = index.neurons
+    assert (index.version, index.unit) == (2, "neuron")
+    assert [each.name for each in index.first_layer] == ["attn.in", "attn.out", "mlp.neuron"]
+    assert group.matrices == {"gate": 52, "up": 52, "down": 24}
+    assert (group.rows, group.units, group.columns, group.input_rows) == (24, 52, 3, 2)
+    assert [group.shape(matrix) for matrix in group.matrices] == [(52, 24), (52, 24), (24, 52)]
+    assert group.record_bytes == 512 >= 3 * group.stride + 8
 
 
 @pytest.mark.parametrize("number", range(4))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dipnet.pack.packing import pack
-from dipnet.store.geometry import Weights
+from dipnet.store.geometry import Unit, Weights
 from tests.families import tiny
 from tests.matrix import one_thread  # noqa: F401
 
@@ -18,7 +18,7 @@ Stores = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> Stores:
-    """(family, kind of weights, block) -> the folder of its store; leave it as it is."""
+    """(family, kind of weights, block, unit) -> the folder of its store; leave it as it is."""
 
     @cache
     def checkpoint(family: str) -> Path:
@@ -27,9 +27,9 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Stores:
         return folder
 
     @cache
-    def store(family: str, weights: Weights, block: int = 1) -> Path:
+    def store(family: str, weights: Weights, block: int = 1, unit: Unit = "column") -> Path:
         folder = tmp_path_factory.mktemp("stores") / "store"
-        pack(str(checkpoint(family)), folder, weights, block)
+        pack(str(checkpoint(family)), folder, weights, block, unit=unit)
         return folder
 
     return store

@@ -30,12 +30,13 @@ PEAK = """
 import json, re, sys, torch, dipnet
 from dipnet.streaming.stats import process_bytes
 store, tokens = sys.argv[1], int(sys.argv[2])
+method = dipnet.RandomMasks(mlp_density=0.5) if "neuron" in store else dipnet.DIP(0.5)
 options = {"context": 1024, "prefill": "dense"}
 try:
-    dipnet.load(store, dipnet.DIP(0.5), memory="1MiB", **options)
+    dipnet.load(store, method, memory="1MiB", **options)
 except dipnet.InputError as error:
     smallest = int(re.search(r"works is (\\d+) MiB", str(error))[1])
-model = dipnet.load(store, dipnet.DIP(0.5), memory=f"{smallest}MiB", **options)
+model = dipnet.load(store, method, memory=f"{smallest}MiB", **options)
 with torch.no_grad():
     model(torch.randint(0, 256, (1, tokens)), use_cache=True, logits_to_keep=1)
 print(json.dumps([smallest << 20, process_bytes("VmHWM")]))
@@ -50,12 +51,14 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**WIDE))
     model.save_pretrained(folder / "model")
     pack(str(folder / "model"), folder / "store", "int4")
+    pack(str(folder / "model"), folder / "neurons", "int4", unit="neuron")
     return folder / "store"
 
 
+@pytest.mark.parametrize("store", ["store", "neurons"])
 @pytest.mark.parametrize("tokens", [1, CONTEXT - 1])
-def test_the_smallest_budget_holds_for_any_prompt(wide: Path, tokens: int) -> None:
-    command = [sys.executable, "-c", PEAK, str(wide), str(tokens)]
+def test_the_smallest_budget_holds_for_any_prompt(wide: Path, tokens: int, store: str) -> None:
+    command = [sys.executable, "-c", PEAK, str(wide.with_name(store)), str(tokens)]
     out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     budget, peak = json.loads(out.splitlines()[-1])
     assert peak <= budget

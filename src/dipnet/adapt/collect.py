@@ -3,7 +3,8 @@
 The dense model runs over some windows of text at a time. Of every token it keeps the residual
 stream at the places that predictors read, in 16 bits, and for every unit one byte: zero where it
 was not wanted, else how much it was worth. A `Sample` holds a bounded number of tokens, so memory
-does not grow with the text.
+does not grow with the text. Where gradients decide what a unit is worth (ShadowLLM), the loss of
+the windows is taken back through the model.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dipnet.errors import InputError
 from dipnet.kernels import topk_mask
@@ -26,6 +28,8 @@ from dipnet.units import kept_units, residual_place
 
 Target = Literal["active"] | float
 """Which units a token wants: those whose activation is not zero, or the top share of them."""
+Criterion = Literal["magnitude", "gradient"]
+"""What makes a unit matter: what it puts out, or that times the gradient of the loss."""
 SITE_OF: dict[Kind, str] = {"mlp": "mlp.neuron", "head": "attn.head"}
 CODE = torch.float8_e5m2
 """How a unit's worth is kept: a byte, right to an eighth, which a loss's weight need not exceed."""
@@ -38,11 +42,16 @@ class Rule:
 
     A wanted unit is worth ``positive_weight`` times its magnitude to the power ``magnitude``, over
     the mean of that in its layer; what is not wanted counts 1. Power 0 makes all worth the same.
+
+    With the ``criterion`` "magnitude" that is the size of what a neuron puts out, and the L2 norm
+    of what a head does; with "gradient" the L1 norm of that times the gradient of the loss, which
+    ShadowLLM found best of several (https://arxiv.org/abs/2406.16635, "plainact").
     """
 
     target: Target
     magnitude: float
     positive_weight: float
+    criterion: Criterion = "magnitude"
 
     def worth(self, magnitudes: Tensor) -> Tensor:
         """(tokens, units) magnitudes -> (tokens, units) float32 worth, 0 where not wanted."""
@@ -95,6 +104,8 @@ class Collector:
             for kind in rules
         }
         self.places = sorted({place for read in self.read.values() for place in read})
+        self._gradients = any(rule.criterion == "gradient" for rule in rules.values())
+        self._outputs: dict[tuple[Kind, int], Tensor] = {}
         self._means: dict[tuple[Kind, int], Tensor] = {}
         self._codes: dict[tuple[Kind, int], Tensor] = {}
         self._finite = torch.ones(len(self.places), dtype=torch.bool, device=device)
@@ -113,15 +124,35 @@ class Collector:
 
     def see(self, windows: Tensor) -> Seen:
         """(n, window) tokens -> what the model computed for each of them."""
-        with self._watching() as residual, torch.no_grad():
-            self.decoder.model.get_decoder()(input_ids=windows, use_cache=False)
-            places = torch.stack([self._narrow(residual.at(place)) for place in self.places])
+        with self._watching() as residual:
+            if self._gradients:
+                self._run_back(windows)
+            else:
+                with torch.no_grad():
+                    self.decoder.model.get_decoder()(input_ids=windows, use_cache=False)
+            with torch.no_grad():
+                places = torch.stack([self._narrow(residual.at(place)) for place in self.places])
         self._finite &= places.isfinite().flatten(1).all(dim=1)
         codes = {
             kind: torch.stack([self._codes.pop((kind, layer)) for layer in range(len(read))])
             for kind, read in self.read.items()
         }
         return Seen(places, codes)
+
+    @torch.enable_grad()
+    def _run_back(self, windows: Tensor) -> None:
+        """Code what the units put out by the gradient of the windows' summed loss.
+
+        A window's last token has no target, no gradient, and so wants nothing.
+        """
+        logits = self.decoder.model(input_ids=windows, use_cache=False).logits[:, :-1]
+        loss = functional.cross_entropy(
+            logits.float().flatten(0, 1), windows[:, 1:].flatten(), reduction="sum"
+        )
+        outputs, self._outputs = self._outputs, {}
+        gradients = torch.autograd.grad(loss, list(outputs.values()))
+        for (kind, layer), gradient in zip(outputs, gradients, strict=True):
+            self._codes[kind, layer] = self._coded(kind, layer, outputs[kind, layer], gradient)
 
     def check_finite(self) -> None:
         """Raise InputError when a residual stream that was seen is not finite."""
@@ -175,20 +206,28 @@ class Collector:
     def _hook(self, layer: int, kind: Kind) -> Callable[[], None]:
         module: nn.Module = self.decoder.holder(layer, {"mlp": "down", "head": "o"}[kind])
 
-        def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._codes[kind, layer] = self._coded(kind, layer, args[0].detach().flatten(0, -2))
+        def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if not self._gradients:
+                self._codes[kind, layer] = self._coded(kind, layer, args[0])
+                return None
+            # where all weights are frozen, gradients begin here
+            x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
+            self._outputs[kind, layer] = x
+            return (x, *args[1:])
 
         return module.register_forward_pre_hook(keep).remove
 
-    def _coded(self, kind: Kind, layer: int, x: Tensor) -> Tensor:
-        """(tokens, channels) input of ``down`` or ``o`` -> (tokens, units) bytes."""
-        if kind == "head":
-            magnitudes = torch.linalg.vector_norm(
-                x.float().unflatten(-1, (self.decoder.spec.heads, -1)), dim=-1
-            )
-        else:
-            magnitudes = x.float().abs()
+    def _coded(self, kind: Kind, layer: int, x: Tensor, gradient: Tensor | None = None) -> Tensor:
+        """(..., channels) input of ``down`` or ``o``, and its gradient -> (tokens, units) bytes."""
         rule = self.rules[kind]
+        values, order = x.detach().flatten(0, -2).float(), 2
+        if gradient is not None and rule.criterion == "gradient":
+            values, order = values * gradient.flatten(0, -2).float(), 1
+        if kind == "head":
+            by_head = values.unflatten(-1, (self.decoder.spec.heads, -1))
+            magnitudes = torch.linalg.vector_norm(by_head, ord=order, dim=-1)
+        else:
+            magnitudes = values.abs()
         worth = rule.worth(magnitudes)
         if (kind, layer) not in self._means:  # of the first call: later ones are weighted alike
             mean = worth.sum() / (worth != 0).sum().clamp_min(1)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import get_args
 
-from dipnet.adapt.collect import Rule, Target
+from dipnet.adapt.collect import Criterion, Rule, Target
 from dipnet.errors import InputError
 from dipnet.methods.predictors import Activation, Kind
 from dipnet.units import LOOK_AHEADS, ModelSpec, check_density, kept_units
@@ -44,6 +44,8 @@ class FitSettings:
     others. ``head_share`` is the top share of heads, by the norm of what they put out; by default
     ``head_density``. In the loss, what is wanted counts by its magnitude to the power
     ``magnitude``, relative to the layer's mean and ``positive_weight`` times; the rest counts 1.
+    ``criterion`` "gradient" takes for the magnitude of a unit that of what it puts out times the
+    gradient of the loss, as ShadowLLM does.
 
     AdamW makes ``epochs`` passes (by default 2 to 10, fewer over a long text) in batches of
     ``batch`` tokens, at a learning ``rate`` that warms up and falls along a cosine, with weight
@@ -62,6 +64,7 @@ class FitSettings:
     head_share: float | None = None
     magnitude: float = 1.0
     positive_weight: float = 1.0
+    criterion: Criterion = "magnitude"
     epochs: int | None = None
     batch: int = 512
     rate: float = 3e-3
@@ -81,9 +84,10 @@ class FitSettings:
         if type(self.look_ahead) is not int or self.look_ahead not in LOOK_AHEADS:
             known = ", ".join(map(str, LOOK_AHEADS))
             raise InputError(f"look_ahead is one of {known} blocks, not {self.look_ahead!r}")
-        if self.activation not in get_args(Activation):
-            known = " or ".join(get_args(Activation))
-            raise InputError(f"activation is {known}, not {self.activation!r}")
+        for name, words in (("activation", Activation), ("criterion", Criterion)):
+            if getattr(self, name) not in get_args(words):
+                known = " or ".join(get_args(words))
+                raise InputError(f"{name} is {known}, not {getattr(self, name)!r}")
         self._check_numbers()
 
     def _check_numbers(self) -> None:
@@ -121,7 +125,7 @@ class FitSettings:
                     "to predict; give a lower share, or fit the other kind alone"
                 )
         return {
-            kind: Rule(target, self.magnitude, self.positive_weight)
+            kind: Rule(target, self.magnitude, self.positive_weight, self.criterion)
             for kind, target in targets.items()
         }
 

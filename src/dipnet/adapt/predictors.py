@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,14 @@ from dipnet.adapt.fitting import FEW_TOKENS, TOKENS_A_CALL, Fit, Progress
 from dipnet.adapt.quality import Measured, Quality
 from dipnet.errors import InputError
 from dipnet.files import check_writable
+from dipnet.methods.base import SiteKey
+from dipnet.methods.dejavu import KIND_OF
 from dipnet.methods.predictors import Kind, PredictedModel, Predictors
 from dipnet.models.attach import check_dense
 from dipnet.models.families import default_window
 from dipnet.models.load import check_device
 from dipnet.streaming.stats import process_bytes
+from dipnet.units import kept_units
 
 
 def fit_predictors(
@@ -72,7 +75,8 @@ def fit_predictors(
     def made(card: Mapping[str, Any]) -> Predictors:
         return Predictors(shape, chosen.look_ahead, layers, chosen.activation, card=card)
 
-    measured = _measured(made({}), fit.collector, fit.kept)
+    kept = {kind: [k] * shape.layers for kind, k in fit.kept.items()}
+    measured = _measured(made({}), fit.collector, kept)
     measured.add(fit.held)
     predictors = made(_card(fit, measured, text, time.perf_counter() - began))
     if out is not None:
@@ -87,11 +91,13 @@ def measure_predictors(
     *,
     window: int | None = None,
     bos: int | None = None,
+    layer_densities: Mapping[SiteKey, float] | None = None,
     **settings: Any,
 ) -> dict[Kind, list[Quality]]:
     """How good predictors are on (n,) ``tokens``, by kind and layer.
 
-    ``settings`` are those of `FitSettings` that say what is wanted, and how much is kept. Raises
+    ``settings`` are those of `FitSettings` that say what is wanted, and how much is kept;
+    ``layer_densities`` those of a `DejaVu`, where a layer keeps a share of its own. Raises
     InputError when the predictors are those of another model.
     """
     check_dense(model)
@@ -101,7 +107,10 @@ def measure_predictors(
     chosen = FitSettings(**{**settings, "look_ahead": predictors.look_ahead})
     rules = {kind: rule for kind, rule in chosen.rules(spec).items() if kind in predictors.kinds}
     collector = Collector(calibration.decoder, rules, chosen.look_ahead, model.device)
-    kept = {kind: k for kind, k in chosen.kept(spec).items() if kind in rules}
+    kept = {kind: [k] * spec.layers for kind, k in chosen.kept(spec).items() if kind in rules}
+    for (layer, name), density in (layer_densities or {}).items():
+        if (kind := KIND_OF[name]) in kept:
+            kept[kind][layer] = kept_units(density, predictors.model.units(kind))
     measured = _measured(predictors, collector, kept)
     for call in calls(calibration.windows, TOKENS_A_CALL.get(model.device.type, FEW_TOKENS)):
         measured.add(collector.see(call))
@@ -126,7 +135,9 @@ def _calibration(
     return TextCalibration(model, tokens, default_window(model) if window is None else window, bos)
 
 
-def _measured(predictors: Predictors, collector: Collector, kept: Mapping[Kind, int]) -> Measured:
+def _measured(
+    predictors: Predictors, collector: Collector, kept: Mapping[Kind, Sequence[int]]
+) -> Measured:
     return Measured(predictors, kept, {kind: collector.rows(kind) for kind in kept})
 
 

@@ -91,10 +91,11 @@ class Counts:
         """(layers,) the share of what was wanted that the top-k held, by worth."""
         return self.found_worth / self.worth
 
-    def qualities(self, k: int, units: int) -> list[Quality]:
-        """The layers' figures, for a top-k of so many units."""
+    def qualities(self, kept: Sequence[int], units: int) -> list[Quality]:
+        """The layers' figures, for top-k of ``kept`` units each."""
         shares = zip(
-            (self.wanted / self.kept * k / units).tolist(),
+            kept,
+            (self.wanted / self.kept).tolist(),
             (self.found / self.wanted).tolist(),
             (self.most / self.wanted).tolist(),
             (self.found / self.kept).tolist(),
@@ -102,20 +103,23 @@ class Counts:
             strict=True,
         )
         return [
-            Quality(layer, wanted, k / units, recall, bound, precision, captured)
-            for layer, (wanted, recall, bound, precision, captured) in enumerate(shares)
+            Quality(layer, wanted * k / units, k / units, recall, bound, precision, captured)
+            for layer, (k, wanted, recall, bound, precision, captured) in enumerate(shares)
         ]
 
 
 class Measured:
     """Adds up, over the tokens of a text, what predictors' top-k are made of.
 
-    ``kept`` is the k of each kind, and ``rows`` says for each kind where in `Seen.places` its
-    layers read. What is measured is `Predictors.scores`: what is saved, as it is deployed.
+    ``kept`` is the k of each layer by kind, and ``rows`` says for each kind where in `Seen.places`
+    its layers read. What is measured is `Predictors.scores`: what is saved, as it is deployed.
     """
 
     def __init__(
-        self, predictors: Predictors, kept: Mapping[Kind, int], rows: Mapping[Kind, Sequence[int]]
+        self,
+        predictors: Predictors,
+        kept: Mapping[Kind, Sequence[int]],
+        rows: Mapping[Kind, Sequence[int]],
     ) -> None:
         self.predictors = predictors
         self.kept = kept
@@ -127,8 +131,8 @@ class Measured:
         tokens = seen.tokens
         for start in range(0, tokens, MEASURED_AT_ONCE):
             some = slice(start, min(start + MEASURED_AT_ONCE, tokens))
-            for kind, k in self.kept.items():
-                for layer, row in enumerate(self.rows[kind]):
+            for kind, kept in self.kept.items():
+                for layer, (k, row) in enumerate(zip(kept, self.rows[kind], strict=True)):
                     scores = self.predictors.scores(kind, layer, seen.places[row, some])
                     found = Counts.of(scores[None], seen.codes[kind][layer, some][None], k)
                     self._counts.setdefault((kind, layer), []).append(found)
@@ -136,9 +140,9 @@ class Measured:
     def qualities(self) -> dict[Kind, list[Quality]]:
         """Each kind's figures, by layer."""
         found: dict[Kind, list[Quality]] = {}
-        for kind, k in self.kept.items():
+        for kind, kept in self.kept.items():
             layers = [Counts.total(self._counts[kind, i]) for i in range(len(self.rows[kind]))]
             parts = zip(*(each.parts for each in layers), strict=True)
             whole = Counts(*(torch.cat(part) for part in parts))
-            found[kind] = whole.qualities(k, self.predictors.model.units(kind))
+            found[kind] = whole.qualities(kept, self.predictors.model.units(kind))
         return found

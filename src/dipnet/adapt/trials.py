@@ -34,7 +34,8 @@ from dipnet.sim.target import Key, own_target
 from dipnet.sim.trace import open_trace
 from dipnet.store.index import Group, Index, read_index
 from dipnet.streaming.budget import CACHED, divide
-from dipnet.streaming.load import densities, fitted_method, load
+from dipnet.streaming.load import load
+from dipnet.streaming.methods import densities, fitted_method
 from dipnet.streaming.packed import block_of
 from dipnet.streaming.plan import Policy
 from dipnet.units import ModelSpec

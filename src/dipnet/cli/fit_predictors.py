@@ -35,6 +35,13 @@ class Fitted(StrEnum):
     HEADS = "heads"
 
 
+class Measure(StrEnum):
+    """What makes a unit matter to a token."""
+
+    MAGNITUDE = "magnitude"
+    GRADIENT = "gradient"
+
+
 class Between(StrEnum):
     """What stands between a predictor's two matrices."""
 
@@ -92,6 +99,10 @@ def fit_predictors(
     positive_weight: Annotated[
         float, typer.Option(help="How much more a wanted unit counts than another")
     ] = 1.0,
+    criterion: Annotated[
+        Measure,
+        typer.Option(help="A unit's magnitude, or that times the loss's gradient (ShadowLLM)"),
+    ] = Measure.MAGNITUDE,
     tokens: Annotated[
         int, typer.Option(min=1, help="Use at most so many tokens of the text")
     ] = 400_000,
@@ -132,6 +143,7 @@ def fit_predictors(
         "head_share": head_share,
         "magnitude": magnitude,
         "positive_weight": positive_weight,
+        "criterion": criterion.value,
         "epochs": epochs,
         "batch": batch,
         "rate": rate,

@@ -55,21 +55,22 @@ def _store_info(name: str, json: bool) -> None:
     """Show what a store holds, and what it needs."""
     from dipnet.models.load import load_tokenizer
     from dipnet.store.index import read_index
-    from dipnet.streaming.budget import CACHED, size_text
+    from dipnet.streaming.budget import cached_names, size_text
     from dipnet.streaming.load import DEFAULT_CONTEXT, measured_needs
 
     index = read_index(name)
     load_tokenizer(name)  # a part of what a process holds that runs the model
     context = min(index.context, DEFAULT_CONTEXT)
     smallest = measured_needs(name, context).smallest
-    streamed = sum(group.bytes for group in index.groups if group.name in CACHED)
+    names = cached_names(index)
+    streamed = sum(group.bytes for group in index.groups if group.name in names)
     if json:
         needs = {"context_of_smallest": context, "smallest_memory": smallest}
         about = {"schema": STORE_SCHEMA, "store": name, "context": index.context}
         return print_json({**about, **summary(index), "streamed_bytes": streamed, **needs})
     show_groups(index)
     out.print(
-        f"The records of {' and '.join(CACHED)}, {size_text(streamed)}, may stay on disk. For "
+        f"The records of {' and '.join(names)}, {size_text(streamed)}, may stay on disk. For "
         f"{context:,} tokens the smallest that works is --memory {smallest >> 20}MiB; a shorter "
         "text needs less.",
         markup=False,

@@ -30,6 +30,13 @@ Json = Annotated[
     bool,
     typer.Option("--json", metavar=FLAG, help="Print one JSON object, and nothing else on stdout"),
 ]
+Backend = Annotated[
+    str,
+    typer.Option(
+        help="What computes a step: reference (all of it, with masks), skip (what is kept, on a "
+        "CPU), gpu (kernels), or auto: the fastest that serves"
+    ),
+]
 Calibration = Annotated[
     Path | None,
     typer.Option(

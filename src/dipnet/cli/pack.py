@@ -11,7 +11,7 @@ import typer
 from dipnet.cli.console import err, note, out, print_json, quiet_libraries, titled_table
 from dipnet.cli.options import Json
 from dipnet.cli.progress import byte_progress
-from dipnet.cli.streamed import Kind
+from dipnet.cli.streamed import Kind, Records
 from dipnet.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,6 +34,13 @@ def pack(
         str,
         typer.Option(metavar="N|auto", help="MLP neurons of a record; auto: as few as reads want"),
     ] = "auto",
+    unit: Annotated[
+        Records,
+        typer.Option(
+            help="What a record of the MLP holds: columns of input channels (dip, glu, teal), or "
+            "a neuron whole (dejavu)"
+        ),
+    ] = Records.COLUMN,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -56,11 +63,11 @@ def pack(
     quiet_libraries()
     from dipnet.pack.packing import pack as pack_store
 
-    permutation = _fit(model, calibration, weights.value, size) if calibration else None
+    permutation = _fit(model, calibration, weights.value, size, unit) if calibration else None
     began = time.monotonic()
     try:
         with byte_progress(f"packing {model}") as progress:
-            index = pack_store(model, store, weights.value, size, permutation, progress)
+            index = pack_store(model, store, weights.value, size, permutation, progress, unit.value)
     except KeyboardInterrupt:
         note("what is done is kept: the same command goes on from there")
         raise
@@ -81,7 +88,9 @@ def _block(value: str) -> Block:
     return int(value)
 
 
-def _fit(model: str, file: Path, weights: Weights, block: Block) -> dict[int, Tensor]:
+def _fit(
+    model: str, file: Path, weights: Weights, block: Block, unit: Records
+) -> dict[int, Tensor]:
     """The order of every layer's neurons, found on a text in the dense model."""
     from dipnet.adapt.coactivation import fit_orders
     from dipnet.cli.inputs import load, tokens_of
@@ -91,10 +100,11 @@ def _fit(model: str, file: Path, weights: Weights, block: Block) -> dict[int, Te
     from dipnet.pack.plan import chosen_block
 
     outputs, neurons = describe(empty_model(load_config(model))).matrices["down"]
-    size = chosen_block(weights, block, outputs, neurons)
+    size = 1 if unit is Records.NEURON else chosen_block(weights, block, outputs, neurons)
     if size == 1:
         raise InputError(
-            "--calibration has no effect on records of one neuron: leave it out, or give --block 4"
+            "--calibration has no effect on records of one neuron: leave it out, or give --block 4 "
+            "and --unit column"
         )
     text = read_text(file)
     note("the dense model is loaded into memory to see which neurons fire together")
@@ -120,6 +130,7 @@ def summary(index: Index) -> dict[str, Any]:
         "source": index.source,
         "family": index.family,
         "weights": index.weights,
+        "unit": index.unit,
         "layers": index.layers,
         "neurons_permuted": index.neurons_permuted,
         "records_bytes": index.records_bytes,
@@ -136,10 +147,11 @@ def group_rows(index: Index) -> list[dict[str, Any]]:
             "matrices": list(group.matrices),
             "units": group.units,
             "block": group.block,
+            "columns": group.columns,
             "record_bytes": group.record_bytes,
             "bytes": group.bytes * (1 if group.layer is None else index.layers),
         }
-        for group in (*index.groups[:4], index.groups[-1])
+        for group in (*index.first_layer, index.groups[-1])
     ]
 
 
@@ -148,14 +160,14 @@ def show_groups(index: Index) -> None:
     made = titled_table(
         f"{index.source} in {index.weights}, {index.layers} layers",
         ["group", "matrices"],
-        ["units of a layer", "channels of one", "bytes of one", "total MB"],
+        ["units of a layer", "columns of one", "bytes of one", "total MB"],
     )
     for row in group_rows(index):
         made.add_row(
             row["group"],
             ", ".join(row["matrices"]),
             f"{row['units']:,}",
-            str(row["block"]),
+            str(row["columns"]),
             f"{row['record_bytes']:,}",
             f"{row['bytes'] / 1e6:,.1f}",
         )

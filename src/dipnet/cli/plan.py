@@ -98,6 +98,7 @@ def plan(
     streaming = _streaming(model, memory, cache, weights)
     content = _text(model, text)
     store = streaming.open(model)
+    _check_columns(store)
     needs = _needs(store, context)
     room = _room(needs, streaming)
     measured, bos = _windows(store, content, window, windows)
@@ -126,6 +127,17 @@ def _bound(text: str) -> float:
     if not 0 <= share < float("inf"):
         raise InputError(f"--max-ppl-increase {text}: write a share such as 1% or 0.01")
     return share
+
+
+def _check_columns(store: Path) -> None:
+    """Raise InputError for a store that DIP, which is planned, cannot run from."""
+    from dipnet.store.index import read_index
+
+    if read_index(store).unit == "neuron":
+        raise InputError(
+            f"{str(store)!r} holds whole neurons, and dipnet plan plans dip, which takes columns: "
+            "pack the model without --unit neuron"
+        )
 
 
 def _device(name: str | None) -> Device | None:

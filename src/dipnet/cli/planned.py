@@ -60,7 +60,7 @@ class Stores:
         """What makes the store of each block beside the one there is."""
         from dipnet.streaming.packed import block_of, is_store
 
-        neurons = self._index.group(0, "mlp.hidden").channels
+        neurons = self._index.neurons.channels
         if is_store(self._model):
             return {}
         others = [b for b in BLOCKS if b != block_of(self._index) and neurons % b == 0]

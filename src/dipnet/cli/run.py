@@ -18,6 +18,7 @@ from dipnet.cli.options import (
     DENSITY_HELP,
     FLAG,
     METHOD_HELP,
+    Backend,
     Calibration,
     Device,
     Dtype,
@@ -107,6 +108,7 @@ def run(
     device: Device = "auto",
     dtype: Dtype = "auto",
     calibration: Calibration = None,
+    backend: Backend = "auto",
     memory: Memory = None,
     cache: Annotated[
         str | None,
@@ -151,7 +153,9 @@ def run(
     streaming.check([request])
     if streams and calibration:
         raise InputError("--calibration has no effect on a packed model: leave it out")
-    store = streaming.open(model) if streams else None
+    if streams and backend != "auto":
+        raise InputError("--backend has no effect on a packed model: leave it out")
+    store = streaming.open(model, built) if streams else None
     if store is None:
         fitted_on = calibration_text(model, calibration)
         loaded = load(model, device, dtype)
@@ -159,7 +163,10 @@ def run(
         chosen = _ready(loaded, built, fitted_on)
     else:
         loaded, tokens, chosen = _open(store, streaming, built, text, chat, max_new_tokens, prefill)
-    with _attached(loaded, chosen, prefill, store), tracing.record(loaded.model, loaded.name):
+    with (
+        _attached(loaded, chosen, prefill, store, backend),
+        tracing.record(loaded.model, loaded.name),
+    ):
         outcome = _generate(loaded, tokens, max_new_tokens, sampling, store, show=not json)
     if trace:
         note(f"saved {trace}")
@@ -228,13 +235,13 @@ def _open(
 
 @contextmanager
 def _attached(
-    loaded: LoadedModel, method: Method, prefill: Prefill, store: Path | None
+    loaded: LoadedModel, method: Method, prefill: Prefill, store: Path | None, backend: str
 ) -> Iterator[None]:
     """The method on the model; a packed one was loaded with it."""
     from dipnet.models.attach import sparsify
 
     if store is None:
-        with sparsify(loaded.model, method, prefill=prefill.value):
+        with sparsify(loaded.model, method, prefill=prefill.value, backend=backend):
             yield
     else:
         yield

@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     from dipnet.streaming.stats import Stats
 
 
+class Records(StrEnum):
+    """What a record of the MLP holds."""
+
+    COLUMN = "column"
+    NEURON = "neuron"
+
+
 class Kind(StrEnum):
     """How weights are packed."""
 
@@ -122,9 +129,10 @@ class Streaming:
                 raise InputError(f"{option} has no effect on a packed model: leave it out")
         return True
 
-    def open(self, name: str | None) -> Path:
-        """The store to run from; a checkpoint is packed first, where it is not yet."""
+    def open(self, name: str | None, method: Method | None = None) -> Path:
+        """The store to run from; a checkpoint is packed first, for a method if there is one."""
         from dipnet.models.load import DEFAULT_MODEL
+        from dipnet.streaming.methods import unit_for
         from dipnet.streaming.packed import store_of
 
         model = name or DEFAULT_MODEL
@@ -132,7 +140,7 @@ class Streaming:
             return store_of(model, None)
         block: Block = self.plan.block if self.plan else "auto"
         with byte_progress(f"packing {model}") as progress:
-            return store_of(model, self.weights.value, progress, block)
+            return store_of(model, self.weights.value, progress, block, unit_for(method))
 
     def _check_unused(self, model: str, shares: bool) -> None:
         given = {
@@ -290,12 +298,14 @@ def _reads(stats: Stats, tokens: int) -> Table:
     rates = {name: site.hit_rate for name, site in stats.sites.items()}
     guessed = sum(site.guessed for site in stats.sites.values())
     useful = sum(site.useful for site in stats.sites.values())
+    early = sum(site.early for site in stats.sites.values())
     rate = f" at {size_text(stats.disk_rate)}/s" if stats.disk_rate else ""
     rows = {
         "in memory": ", ".join(f"{n} {r:.1%}" for n, r in rates.items() if r is not None),
         "read": f"{size_text(stats.bytes_read / tokens)} a token, in "
         f"{stats.reads / tokens:,.0f} reads{rate}",
-        "read ahead": f"{guessed:,} records" + (f", {useful:,} of them useful" if guessed else ""),
+        "read ahead": f"{guessed:,} records"
+        + (f", {useful:,} of them useful, {early:,} there in time" if guessed else ""),
     }
     grid = Table.grid(padding=(0, 2))
     for name, value in rows.items():

@@ -53,22 +53,35 @@ void construct(Engine* self, const std::string& path, std::size_t depth, const s
 std::size_t add(Engine& engine, const std::string& kind, std::size_t channels, std::size_t block,
                 std::size_t outputs, std::size_t rows, std::size_t stride, std::size_t record_bytes,
                 std::uint64_t offset, std::uint64_t group, std::optional<Scores> scale,
-                std::size_t slots, const std::string& policy) {
+                std::size_t slots, const std::string& policy, std::size_t input_rows) {
   std::vector<float> scales;
   if (scale) scales.assign(scale->data(), scale->data() + scale->size());
   for (const float s : scales) need(std::isfinite(s) && s >= 0, "scales are finite and >= 0");
   const dipnet::Layout layout{kind_of(kind), channels, block,        outputs, rows,
-                              stride,        record_bytes, offset, group};
+                              stride,        record_bytes, offset, group,   input_rows};
   return engine.add(layout, std::move(scales), slots, policy_of(policy));
 }
 
 void begin(Engine& engine, std::size_t site, Floats x, Masks masks) {
   const dipnet::Layout& layout = engine.site(site).layout;
   need(x.shape(0) > 0 && x.shape(0) == masks.shape(0), "as many masks as tokens, at least one");
+  need(layout.input_rows == 0, "begin is for columns, rows for neurons");
   need(x.shape(1) == layout.channels, "x is (tokens, channels)");
   need(masks.shape(1) == layout.units(), "masks are (tokens, units)");
   nb::gil_scoped_release unlocked;
   engine.begin(site, x.data(), masks.data(), x.shape(0));
+}
+
+void rows(Engine& engine, std::size_t site, Floats x, Masks masks, Result y) {
+  const dipnet::Layout& layout = engine.site(site).layout;
+  need(layout.input_rows > 0, "rows is for neurons, begin for columns");
+  need(x.shape(0) > 0 && x.shape(0) == masks.shape(0), "as many masks as tokens, at least one");
+  need(x.shape(1) == layout.rows, "x is (tokens, rows)");
+  need(masks.shape(1) == layout.units(), "masks are (tokens, units)");
+  need(y.shape(0) == x.shape(0) && y.shape(1) == layout.input_rows * layout.units(),
+       "y is (tokens, input_rows * units)");
+  nb::gil_scoped_release unlocked;
+  engine.rows(site, x.data(), masks.data(), x.shape(0), y.data());
 }
 
 void check_result(const Engine& engine, Result& y) {
@@ -78,14 +91,24 @@ void check_result(const Engine& engine, Result& y) {
 
 void finish(Engine& engine, Result y) {
   check_result(engine, y);
+  need(engine.asked().layout.input_rows == 0, "columns end a request of neurons");
   nb::gil_scoped_release unlocked;
   engine.finish(y.data());
 }
 
 void partial(Engine& engine, Result y) {
   check_result(engine, y);
+  need(engine.asked().layout.input_rows == 0, "nothing of a request of neurons is there early");
   nb::gil_scoped_release unlocked;
   engine.partial(y.data());
+}
+
+void columns(Engine& engine, Floats h, Result y) {
+  check_result(engine, y);
+  need(h.shape(0) == y.shape(0) && h.shape(1) == engine.asked().layout.units(),
+       "h is (tokens, units)");
+  nb::gil_scoped_release unlocked;
+  engine.columns(h.data(), y.data());
 }
 
 void prefetch(Engine& engine, std::size_t site, Mask wanted, Scores score, bool certain) {
@@ -117,6 +140,7 @@ nb::dict totals(const Engine& engine, std::size_t site) {
   made["read"] = t.read;
   made["guessed"] = t.guessed;
   made["useful"] = t.useful;
+  made["early"] = t.early;
   made["wait"] = t.wait;
   made["kernels"] = t.kernels;
   made["bookkeeping"] = t.bookkeeping;
@@ -159,7 +183,7 @@ void bind_engine(nb::module_& m) {
       .def("add", &add, nb::kw_only(), nb::arg("kind"), nb::arg("channels"), nb::arg("block"),
            nb::arg("outputs"), nb::arg("rows"), nb::arg("stride"), nb::arg("record_bytes"),
            nb::arg("offset"), nb::arg("group"), nb::arg("scale").none(), nb::arg("slots"),
-           nb::arg("policy"))
+           nb::arg("policy"), nb::arg("input_rows") = 0)
       .def("access", &access_units)
       .def("resident", &resident)
       .def("load", &Engine::load, nb::call_guard<nb::gil_scoped_release>())
@@ -167,6 +191,9 @@ void bind_engine(nb::module_& m) {
       .def("partial", &partial, nb::arg("y").noconvert())
       .def("prefetch", &prefetch)
       .def("finish", &finish, nb::arg("y").noconvert())
+      .def("rows", &rows, nb::arg("site"), nb::arg("x"), nb::arg("masks"),
+           nb::arg("y").noconvert())
+      .def("columns", &columns, nb::arg("h"), nb::arg("y").noconvert())
       .def("totals", &totals)
       .def("reader_totals", &reader_totals)
       .def("reset_totals", &Engine::reset_totals);

@@ -30,9 +30,8 @@ void Engine::prefetch(std::size_t site, const bool* wanted, const float* score, 
     std::sort(units.begin(), units.end());
   }
   std::vector<Piece> pieces;
-  for (const std::int32_t unit : units) pieces.push_back({unit, kNone, take_frame(s, unit)});
-  read(site, pieces);
-  s.totals.guessed += units.size();
+  for (const std::int32_t unit : units) pieces.push_back({unit, kNone, kNone});
+  s.totals.guessed += read(site, pieces);
 }
 
 // How many of a site's records the disk delivers while it would otherwise wait for its request.
@@ -58,8 +57,7 @@ void Engine::drop_stale_guesses() {
                                                  [&](const Piece& p) { return !wanted_[p.unit]; });
   };
   for (const std::uint64_t tag : reader_->cancel_queued(stale)) {
-    for (const Piece& piece : flights_[tag].pieces) free_frames_.push_back(piece.frame);
-    free_flights_.push_back(tag);
+    for (const Piece& piece : end_flight(tag).pieces) free_frames_.push_back(piece.frame);
   }
 }
 

@@ -32,9 +32,10 @@ void Engine::set_activations(const float* x) {
   activations_.resize(std::max(activations_.size(), tokens_));
   terms_.resize(std::max(terms_.size(), tokens_));
   totals_.resize(std::max(totals_.size(), tokens_ * parts()));
-  const float* const scale = s.scale.empty() ? nullptr : s.scale.data();
+  const float* const scale =
+      s.scale.empty() ? nullptr : s.scale.data() + s.layout.input_rows * channels;
   pool_.run(tokens_, [&](std::size_t t) {
-    const auto* const mask = reinterpret_cast<const bool*>(masks_.data() + t * units);
+    const auto* const mask = reinterpret_cast<const bool*>(mask_of(t));
     if (block == 1) {
       activations_[t].set(x + t * channels, scale, mask, channels);
     } else {
@@ -57,6 +58,7 @@ std::size_t Engine::parts() const {
 
 void Engine::multiply(const std::int32_t* units, std::size_t count) {
   if (tokens_ == 0 || count == 0) return;
+  if (made_) return multiply_rows(units, count);
   const auto begun = Clock::now();
   const std::size_t step = tokens_ == 1 ? count : kShared;
   for (std::size_t i = 0; i < count; i += step) {
@@ -107,7 +109,7 @@ void Engine::sort_terms(std::size_t token, const std::int32_t* units, std::size_
                         std::vector<Term>& terms) const {
   const Site& s = sites_[active_];
   const std::size_t block = s.layout.block;
-  const std::uint8_t* const mask = masks_.data() + token * s.layout.units();
+  const std::uint8_t* const mask = mask_of(token);
   const bool sorted = s.layout.kind != Kind::bf16;
   const auto& magnitude = activations_[token].magnitude;
   std::array<std::size_t, kClasses> next{};
@@ -123,12 +125,17 @@ void Engine::sort_terms(std::size_t token, const std::int32_t* units, std::size_
   std::size_t in_turn = 0;
   for (std::size_t i = 0; i < count; ++i) {
     if (!mask[units[i]]) continue;
-    const std::uint8_t* const at = record(s, static_cast<std::size_t>(units[i]));
+    const std::uint8_t* const at = column(s, static_cast<std::size_t>(units[i]));
     for (std::size_t j = 0; j < block; ++j) {
       const auto channel = static_cast<std::uint32_t>(units[i] * block + j);
       terms[sorted ? next[magnitude[channel]]++ : in_turn++] = {at + j * s.layout.stride, channel};
     }
   }
+}
+
+// (units) what a token wants.
+const std::uint8_t* Engine::mask_of(std::size_t token) const {
+  return masks_.data() + (first_token_ + token) * sites_[active_].layout.units();
 }
 
 void Engine::write(float* y) {

@@ -16,10 +16,11 @@ void Layout::check(std::uint64_t file_bytes) const {
   need(kind == Kind::bf16 || channels <= kMostTerms, "more channels than sums of integers hold");
   need(outputs > 0 && outputs < kMost && outputs % kTile == 0, "outputs");
   need(rows > 0 && rows <= outputs, "rows");
+  need(input_rows == 0 || (input_rows <= 2 && block == 1), "input_rows");
   need(stride == column_bytes(kind, outputs), "stride");
-  need(record_bytes % kSector == 0 && record_bytes / block >= stride &&
-           record_bytes - block * stride >= kChecksumBytes &&
-           record_bytes - block * stride <= kSector + kChecksumBytes,
+  need(record_bytes % kSector == 0 && record_bytes / runs() >= stride &&
+           record_bytes - runs() * stride >= kChecksumBytes &&
+           record_bytes - runs() * stride <= kSector + kChecksumBytes,
        "record_bytes");
   need(offset % kSector == 0 && offset <= file_bytes &&
            units() <= (file_bytes - offset) / record_bytes,
@@ -35,8 +36,9 @@ Site::Site(const Layout& layout, std::vector<float> scale, std::size_t slots, Po
       unit_at(slots, kNone),
       frame_of(layout.units(), kNone),
       arrived(layout.units(), 0) {
-  if (this->scale.size() != (layout.kind == Kind::bf16 ? 0 : layout.channels)) {
-    throw std::invalid_argument("a site needs one scale for each channel, and none for bf16");
+  const std::size_t scales = layout.channels * (layout.input_rows + 1);
+  if (this->scale.size() != (layout.kind == Kind::bf16 ? 0 : scales)) {
+    throw std::invalid_argument("a site needs one scale for each column, and none for bf16");
   }
 }
 

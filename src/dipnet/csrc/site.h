@@ -19,7 +19,10 @@ struct Layout {
   std::size_t rows;     // not padded
   std::size_t stride, record_bytes;
   std::uint64_t offset, group;
+  // Of a record of a whole neuron: its rows of gate and up, which come before its column.
+  std::size_t input_rows = 0;
 
+  std::size_t runs() const { return input_rows + block; }  // of `stride` bytes in a record
   std::size_t units() const { return channels / block; }
   // Throws std::invalid_argument where the numbers contradict each other.
   void check(std::uint64_t file_bytes) const;
@@ -31,6 +34,7 @@ struct SiteTotals {
   std::uint64_t hits = 0, misses = 0;    // units wanted by a token, in the cache's view
   std::uint64_t read = 0;                // records that a request read from the disk
   std::uint64_t guessed = 0, useful = 0;  // records read ahead, and how many of them were wanted
+  std::uint64_t early = 0;  // of those, the ones that had arrived when they were asked for
   double wait = 0, kernels = 0, bookkeeping = 0;  // seconds
 };
 
@@ -45,7 +49,7 @@ struct Site {
   void empty_slot(std::int32_t slot);
 
   Layout layout;
-  std::vector<float> scale;  // (channels); empty for bf16
+  std::vector<float> scale;  // (input_rows + 1, channels); empty for bf16
   Cache cache;               // what the masks and the policy see
   Memory memory;
   // What is really there, which lags behind the cache while records arrive.

@@ -131,7 +131,7 @@ def generate(
     """
     sampling = sampling or Sampling()
     room = loaded.context - prompt.shape[1]
-    stream = _Stream(loaded.tokenizer, write, decoding)
+    stream, finite = _Stream(loaded.tokenizer, write, decoding), _Finite()
     set_seed(sampling.seed)
     start = time.perf_counter()
     with torch.no_grad(), _only_asked(loaded.model), _flushed(stream):
@@ -139,11 +139,12 @@ def generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=min(max_new_tokens, room),
-            logits_processor=LogitsProcessorList([_Finite()]),
+            logits_processor=LogitsProcessorList([finite]),
             streamer=stream,
             pad_token_id=_pad_token(loaded),
             **sampling.options(),
         )
+        finite.check()
     new = output[0, prompt.shape[1] :]
     return Generation(
         text=stream.text,
@@ -190,15 +191,30 @@ def peak_memory(device: torch.device) -> int:
 
 
 class _Finite(LogitsProcessor):
-    """Stops at logits that say nothing: NaN, infinite, or all of them minus infinity."""
+    """Stops at logits that say nothing: NaN, infinite, or all of them minus infinity.
+
+    On a GPU one token late, so that the host does not wait for the device.
+    """
+
+    def __init__(self) -> None:
+        self._finite: Tensor | None = None
+        self._tokens = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not torch.isfinite(scores.max(dim=-1).values).all():
+        self.check()
+        self._finite = torch.isfinite(scores.max(dim=-1).values).all()
+        self._tokens = input_ids.shape[1]
+        if scores.device.type == "cpu":
+            self.check()
+        return scores
+
+    def check(self) -> None:
+        """Raise InputError when the logits that came last are not finite."""
+        if self._finite is not None and not self._finite:
             raise InputError(
-                f"the model's logits are not finite after token {input_ids.shape[1]}: NaN or "
+                f"the model's logits are not finite after token {self._tokens}: NaN or "
                 "overflow in its activations; try another dtype (--dtype float32)"
             )
-        return scores
 
 
 class _Stream(TextStreamer):

@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#000000")
 MARKERS = "osD^vPX*<>"
 TICKS = (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8)
-BOUNDS = ("glu-oracle",)
+BOUNDS = ("glu-oracle", "dejavu-oracle", "cett")
 """Methods that know what no program can know: drawn, but never the best choice."""
 WORST = 4
 """Perplexities above so many times the dense model's are left to the table."""

@@ -107,7 +107,7 @@ class Simulator:
                 yield from self._aware(asked, method, scenarios, file)
                 return
             trace, perplexity = self._traced(method, None, file)
-            target = self.grid.target(self.shape, trace.sites)
+            target = self.grid.target(self.shape, trace.sites, trace.added_weights)
             for scenario in scenarios:
                 made = run(target, scenario, trace)
                 yield from self.grid.outcomes(asked, made, perplexity)
@@ -127,7 +127,7 @@ class Simulator:
             )
         spec = describe(self.loaded.model)
         sites = trace_sites(method.sites(spec))
-        target = self.grid.target(self.shape, sites)
+        target = self.grid.target(self.shape, sites, method.added_weights(spec))
         for scenario in online:
             slots = cache_slots(target, scenario)
             theirs = source_slots(target, slots, self.shape.layers, sites)

@@ -29,7 +29,7 @@ from dipnet.methods.base import Method
 from dipnet.models.attach import usage
 from dipnet.models.families import describe
 from dipnet.streaming.attach import streamed
-from dipnet.streaming.budget import CACHED, size_text
+from dipnet.streaming.budget import cached_names, size_text
 from dipnet.streaming.load import load, stats
 
 
@@ -121,7 +121,8 @@ def _use(model: PreTrainedModel) -> StoreUse:
     attached, counted = streamed(model), stats(model)
     index = attached.engine.index
     missed = wanted = 0.0
-    for name in CACHED:
+    names = cached_names(index)
+    for name in names:
         site, group = counted.sites[name], index.group(0, name)
         asked = site.hits + site.misses
         # Without masks a piece of a window asks once for all; with masks every token asks.
@@ -132,7 +133,7 @@ def _use(model: PreTrainedModel) -> StoreUse:
         missed += site.misses * size
         wanted += asked * size
     return StoreUse(
-        hit_rates={name: counted.sites[name].hit_rate for name in CACHED},
+        hit_rates={name: counted.sites[name].hit_rate for name in names},
         hit_rate=1 - missed / wanted,
         bytes_per_token=missed,
     )

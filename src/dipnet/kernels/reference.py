@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_TILE = 128
-_GROUP = 32
+TILE = 128
+GROUP = 32
 _LEVEL_BITS = 14
 _INTEGERS = {torch.float64: torch.int64, torch.float32: torch.int32}
 
@@ -30,10 +30,10 @@ def cache_aware_topk(scores: Tensor, k: int, resident: Tensor, gamma: float) -> 
 
 def row_bytes(kind: str, inputs: int) -> int:
     """Bytes of a row: a column's, with inputs for outputs."""
-    padded = -(-inputs // _TILE) * _TILE
+    padded = -(-inputs // TILE) * TILE
     if kind == "bf16":
         return 2 * padded
-    multipliers = -(-(padded // _GROUP) // 64) * 64
+    multipliers = -(-(padded // GROUP) // 64) * 64
     return (padded // 2 if kind == "int4" else padded) + multipliers
 
 
@@ -43,15 +43,15 @@ def gather_rows(rows: Tensor, scales: Tensor | None, x: Tensor, mask: Tensor, ki
     Everything up to a group's product is exact, and what is summed are doubles in the order of
     csrc/rows.cpp: the native kernels return these bits.
     """
-    values = functional.pad(x.detach().float(), (0, -len(x) % _TILE))
+    values = functional.pad(x.detach().float(), (0, -len(x) % TILE))
     if kind == "bf16":
         weights = rows[:, : 2 * len(values)].clone().view(torch.bfloat16)
         totals = _sum_in_lanes(weights.double() * values.double(), 32)
     else:
         assert scales is not None, "only bf16 has no scales"
         levels, units = _levels(values)
-        numbers, multipliers = _stored(rows, len(values), kind)
-        sums = (numbers.unflatten(1, (-1, _GROUP)) * levels).sum(-1)
+        numbers, multipliers = stored_numbers(rows, len(values), kind)
+        sums = (numbers.unflatten(1, (-1, GROUP)) * levels).sum(-1)
         totals = scales.double() * _sum_in_lanes(sums * (multipliers * units), 4)
         totals = torch.where(values.isfinite().all(), totals, torch.nan)
     return torch.where(mask, totals, 0).float()
@@ -59,21 +59,21 @@ def gather_rows(rows: Tensor, scales: Tensor | None, x: Tensor, mask: Tensor, ki
 
 def _levels(values: Tensor) -> tuple[Tensor, Tensor]:
     """(padded,) float32 -> (groups, 32) integers and (groups,) their units, powers of two."""
-    groups = values.nan_to_num(0, 0, 0).view(-1, _GROUP)
+    groups = values.nan_to_num(0, 0, 0).view(-1, GROUP)
     exponents = torch.frexp(groups.abs().amax(1)).exponent.clamp(min=-125)  # not of subnormals
     units = ((exponents.long() - _LEVEL_BITS + 1023) << 52).view(torch.float64)
     return (groups.double() / units[:, None]).round().long(), units
 
 
-def _stored(rows: Tensor, padded: int, kind: str) -> tuple[Tensor, Tensor]:
+def stored_numbers(rows: Tensor, padded: int, kind: str) -> tuple[Tensor, Tensor]:
     """(n, stride) bytes -> (n, padded) integers around 0 and (n, groups) multipliers."""
     size = padded // 2 if kind == "int4" else padded
-    multipliers = rows[:, size : size + padded // _GROUP].clone().view(torch.int8)
+    multipliers = rows[:, size : size + padded // GROUP].clone().view(torch.int8)
     tiles = rows[:, :size].unflatten(1, (-1, 4, 4, 4))  # tile, L, v, j
     stored = tiles.transpose(2, 3).flatten(1).long()
     if kind == "int8":
         return stored - 128, multipliers
-    halves = stored.unflatten(1, (-1, 1, _GROUP // 2))
+    halves = stored.unflatten(1, (-1, 1, GROUP // 2))
     return torch.cat([halves & 15, halves >> 4], dim=2).flatten(1) - 8, multipliers
 
 

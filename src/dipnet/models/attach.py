@@ -14,17 +14,19 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from dipnet.cache import Cache, CacheSettings, CacheSlots
 from dipnet.errors import InputError
 from dipnet.methods.base import Method, SiteKey
+from dipnet.models.backends import choose
 from dipnet.models.caching import CacheState, SiteCache, check_not_recomputed
 from dipnet.models.calls import Calls
+from dipnet.models.decoding import Decoding
 from dipnet.models.families import Decoder
 from dipnet.models.masks import SiteMasks
 from dipnet.models.residual import Residual
-from dipnet.models.skipping import KEPT_INPUTS, attach_skip, choose_skip
+from dipnet.models.skipping import KEPT_INPUTS, attach_skip
 from dipnet.models.skipping.base import Skipping
 from dipnet.models.tokens import Prefill, TokenState
 from dipnet.models.usage import Usage
@@ -60,9 +62,10 @@ def sparsify(
     empty and stay warm from one sequence to the next. Dense prompts and padding do not use them.
     Without ``cache`` everything is in memory.
 
-    ``backend`` is "reference", which computes everything and multiplies with masks; "skip", which
-    in decoding computes what the masks keep; or "auto": "skip" on a CPU where that is possible. It
-    is where neurons and heads are chosen before their block, as by Deja Vu's predictors. Keys and
+    ``backend`` is "reference", which computes everything and multiplies with masks; "gpu", whose
+    kernels in decoding read what the masks keep; "skip", which does in plain torch; or "auto": what
+    serves of "gpu" on a GPU and "skip" on a CPU. "skip" serves where neurons and heads are chosen
+    before their block, as by Deja Vu's predictors. Keys and
     values of skipped heads are computed when a head next needs them, from what attention read for
     the last ``kept_inputs`` tokens, and in turn before one of these is forgotten. A call with
     gradients, or of several tokens a sequence, skips nothing.
@@ -110,6 +113,13 @@ def attached_prefill(model: PreTrainedModel) -> Prefill | None:
     return attachment.tokens.prefill if attachment else None
 
 
+def sample(model: PreTrainedModel, input_ids: Tensor, **options: Any) -> Any:
+    """Hugging Face's loop over tokens, drawn or greedy; ours where that serves the call."""
+    decoding = getattr(model, ATTACHED).decoding
+    made = decoding.sample(model, input_ids, **options)
+    return made if made is not None else GenerationMixin._sample(model, input_ids, **options)
+
+
 class Attachment:
     """One method on one model: what was changed, and how to undo it.
 
@@ -141,26 +151,40 @@ class Attachment:
         self.cache = cache
         self.caches: dict[SiteKey, Cache] = {}
         self.skipping: Skipping | None = None
+        self.decoding: Decoding | None = None
         self._undo: list[Callable[[], None]] = []
 
     def choose_backend(self, backend: str, kept_inputs: int) -> None:
-        """Skip what the masks drop if the backend of that name does; BackendError if it cannot."""
-        sites = tuple(self.usage.sites.values())
-        if choose_skip(backend, self.decoder, self.method, sites, kept_inputs):
+        """Take the backend of that name; BackendError if it cannot serve."""
+        chosen = choose(
+            backend,
+            self.decoder,
+            self.method,
+            tuple(self.usage.sites.values()),
+            kept_inputs=kept_inputs,
+            cached=self.cache is not None,
+        )
+        if chosen == "skip":
             strict = backend == "skip"
             self.skipping = Skipping(self.decoder, self.tokens, self.usage, kept_inputs, strict)
+        if chosen == "gpu":
+            self.decoding = Decoding(
+                self.decoder, self.method, self.tokens, self.residual, self.usage, kept_inputs
+            )
 
     def attach(self) -> None:
         """Hook every site and swap in statically pruned weights; all or nothing."""
         try:
             self._enter_context_class()
-            self._undo += Calls(self.model, self.tokens, self.usage).watch()
+            self._undo += Calls(self.model, self.tokens, self.usage, self.decoding).watch()
             self._undo += self.residual.watch()
             for site in self.usage.sites.values():
                 if site.layer in self.layers:
                     self._attach_site(site)
             for layer in self.layers:
                 self._swap_weights(layer)
+            if self.decoding is not None:
+                self._undo += self.decoding.attach()
         except BaseException:
             self.detach()
             raise
@@ -186,7 +210,12 @@ class Attachment:
     def _enter_context_class(self) -> None:
         """Let the model itself be a context manager: a subclass of its class, under its name."""
         original = type(self.model)
-        methods = {"__enter__": lambda model: model, "__exit__": lambda model, *_: restore(model)}
+        methods: dict[str, Any] = {
+            "__enter__": lambda model: model,
+            "__exit__": lambda model, *_: restore(model),
+        }
+        if self.decoding is not None:
+            methods["_sample"] = sample
         sparse = type(
             original.__name__,
             (original,),
@@ -203,6 +232,12 @@ class Attachment:
     def _hook(self, module: nn.Module, change: Callable[..., Any]) -> None:
         handle = module.register_forward_pre_hook(change, with_kwargs=True)
         self._undo.append(handle.remove)
+
+    def _prune(self, mask: SiteMask, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        """The mask's hook, but in the steps that read kept weights only."""
+        if self.decoding is not None and self.decoding.stepping:
+            return None
+        return mask(module, args, kwargs)
 
     def _attach_site(self, site: Site) -> None:
         family = self.decoder.family
@@ -223,7 +258,7 @@ class Attachment:
         if self.skipping is not None:
             self._undo += attach_skip(self.skipping, mask)
         else:
-            self._hook(self.decoder.module(site.layer, place), mask)
+            self._hook(self.decoder.module(site.layer, place), partial(self._prune, mask))
 
     def _make_cache(self, site: Site) -> SiteCache | None:
         key = site.layer, site.name
@@ -311,11 +346,8 @@ class SiteMask:
         match self.site.scored_on:
             case "input" | "hidden" | "heads":
                 return x
-            case "residual":
-                assert self.site.place is not None
-                found: Tensor | None = self.residual.at(self.site.place)
-            case "position":
-                found = self.tokens.position
+            case "residual" | "position":
+                found = self.residual.known(self.site)
             case _:
                 found, self.scored = self.scored, None
         assert found is not None, "the scored activation is computed before its site"

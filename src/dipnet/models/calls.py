@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from dipnet.models.decoding import Decoding
 from dipnet.models.tokens import TokenState
 from dipnet.models.usage import Usage
 
@@ -16,10 +17,17 @@ from dipnet.models.usage import Usage
 class Calls:
     """Watches the forward calls of a model's decoder."""
 
-    def __init__(self, model: PreTrainedModel, tokens: TokenState, usage: Usage) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokens: TokenState,
+        usage: Usage,
+        decoding: Decoding | None = None,
+    ) -> None:
         self.decoder = model.get_decoder()
         self.tokens = tokens
         self.usage = usage
+        self.decoding = decoding
         self._signature = inspect.signature(type(self.decoder).forward)
 
     def watch(self) -> list[Callable[[], None]]:
@@ -30,6 +38,8 @@ class Calls:
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Torch's forward pre-hook: a call over some tokens begins."""
+        if self.decoding is not None and self.decoding.begin_compiled(kwargs):
+            return
         given = self._signature.bind_partial(module, *args, **kwargs).arguments
         inputs = given.get("input_ids")
         inputs = given.get("inputs_embeds") if inputs is None else inputs
@@ -39,10 +49,13 @@ class Calls:
         self.tokens.begin(inputs, given.get("attention_mask"), past)
         if self.usage.recorder is not None:
             self.usage.recorder.begin(self.tokens.counted, inputs.shape[:2], past)
-        self.usage.count_tokens(self.tokens.sparse_tokens(inputs))
+        if self.decoding is None or not self.decoding.begin(inputs):
+            self.usage.count_tokens(self.tokens.sparse_tokens(inputs))
 
     def end(self, _module: nn.Module, _args: Any, output: Any) -> None:
         """Torch's forward hook: the call has ended; by an error where there is no output."""
         self.tokens.running = False
+        if self.decoding is not None:
+            self.decoding.stepping = False
         if self.usage.recorder is not None:
             self.usage.recorder.end(complete=output is not None)

@@ -64,7 +64,11 @@ def record(
     before = attached.guesses()
     method, sites = method_text(attached.method), list(attached.usage.sites.values())
     shape, cache = model_shape(model, name), _cache(attached, sites)
-    with TraceWriter(path, shape, method, trace_sites(sites), cache, scores=scores) as writer:
+    added = attached.method.added_weights(attached.usage.spec)
+    described = trace_sites(sites)
+    with TraceWriter(
+        path, shape, method, described, cache, scores=scores, added_weights=added
+    ) as writer:
         recorder = attached.usage.recorder = Recorder(writer, scores=scores)
         try:
             yield

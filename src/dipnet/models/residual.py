@@ -68,6 +68,20 @@ class Residual:
             return self._seen[place]
         return self._seen.pop(place)
 
+    def known(self, site: Site) -> Tensor | None:
+        """What the score of a site reads that is known before the site's block begins.
+
+        (batch, tokens, n); None where it reads what the block itself computes.
+        """
+        match site.scored_on:
+            case "residual":
+                assert site.place is not None, "such a site has a place"
+                return self.at(site.place)
+            case "position":
+                assert self.tokens.position is not None, "positions are counted where they are read"
+                return self.tokens.position
+        return None
+
 
 class _Seeing:
     """The hook of one place: no closure, so that a copy of the model has its own."""

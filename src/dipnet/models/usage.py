@@ -15,6 +15,7 @@ from dipnet.methods.base import Method, SiteKey
 from dipnet.units import ATTENTION_MATRICES, ModelSpec, Site
 
 if TYPE_CHECKING:
+    from dipnet.models.decoding.counts import StepCounts
     from dipnet.models.recording import Recorder
 
 
@@ -58,10 +59,11 @@ class Usage:
 
     ``recorder`` sees the masks that are counted while a trace is recorded. ``gathered`` counts, by
     matrix, the weights that were really read by a backend that skips the others, once for a whole
-    batch; prompts are not in it.
+    batch; prompts are not in it. ``steps`` counts on the device what decoding on a GPU keeps.
     """
 
     recorder: Recorder | None = None
+    steps: StepCounts | None = None
 
     def __init__(self, method: Method, spec: ModelSpec) -> None:
         self.method = method
@@ -76,6 +78,8 @@ class Usage:
         self._groups: dict[SiteKey, Tensor | int] = dict.fromkeys(self.sites, 0)
         self._hits: dict[SiteKey, int] = {}
         self.gathered: Counter[str] = Counter()
+        if self.steps is not None:
+            self.steps.reset()
 
     def count_tokens(self, tokens: Tensor | int) -> None:
         """Count sparse tokens of one forward call: a number, or a bool mask of them."""
@@ -104,7 +108,7 @@ class Usage:
     def cache(self) -> CacheUsage:
         """Hits and misses so far, of the sites that have a cache and have used it."""
         hits = {key: self._hits[key] for key in self.sites if key in self._hits}
-        kept = {key: int(self._kept[key]) for key in hits}
+        kept = {key: self._kept_units(key) for key in hits}
         size = {key: self.sites[key].weights_per_unit for key in hits}
         wanted = sum(kept[key] * size[key] for key in hits)
         resident = sum(hits[key] * size[key] for key in hits)
@@ -116,7 +120,7 @@ class Usage:
 
     def density(self) -> Density:
         """The shares so far; with no sparse token yet, those of the dense model."""
-        tokens = int(self._tokens)
+        tokens = int(self._tokens) + (int(self.steps.tokens) if self.steps else 0)
         kept = {key: self._mean_kept(key, tokens) for key in self.sites}
         mlp = [self._read(layer, "mlp", tokens) for layer in range(self.spec.layers)]
         attention = [self._read(layer, "attn", tokens) for layer in range(self.spec.layers)]
@@ -141,7 +145,13 @@ class Usage:
         )
 
     def _mean_kept(self, key: SiteKey, tokens: int) -> float:
-        return int(self._kept[key]) / tokens if tokens else float(self.sites[key].units)
+        return self._kept_units(key) / tokens if tokens else float(self.sites[key].units)
+
+    def _kept_units(self, key: SiteKey) -> int:
+        return int(self._kept[key]) + (self.steps.kept(key) if self.steps else 0)
+
+    def _kept_groups(self, key: SiteKey) -> int:
+        return int(self._groups[key]) + (self.steps.kept_groups(key) if self.steps else 0)
 
     def _dropped(self, key: SiteKey, tokens: int) -> float:
         """Weights that a site's mask saves a token, on average."""
@@ -149,9 +159,9 @@ class Usage:
         if not tokens:
             return 0.0
         whole = tokens * site.units
-        saved = (whole - int(self._kept[key])) * site.weights_per_unit
+        saved = (whole - self._kept_units(key)) * site.weights_per_unit
         if site.group > 1:
-            saved += (whole // site.group - int(self._groups[key])) * site.weights_per_group
+            saved += (whole // site.group - self._kept_groups(key)) * site.weights_per_group
         return saved / tokens
 
     def _read(self, layer: int, part: str, tokens: int) -> float:

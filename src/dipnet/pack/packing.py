@@ -21,7 +21,7 @@ from dipnet.pack.partial import Partial
 from dipnet.pack.plan import Block, Plan, make_plan
 from dipnet.pack.records import Packed, Slab, pack_slab, slabs
 from dipnet.registry import unknown
-from dipnet.store.geometry import WEIGHTS, Weights
+from dipnet.store.geometry import UNITS, WEIGHTS, Unit, Weights
 from dipnet.store.index import INDEX_NAME, RECORDS_NAME, REST_NAME, Index, read_index
 
 SECONDS_KEPT = 3.0
@@ -38,6 +38,7 @@ def pack(
     block: Block = "auto",
     permutation: Permutation | None = None,
     progress: Progress | None = None,
+    unit: Unit = "column",
 ) -> Index:
     """Pack ``source``, a folder, hub id or bundled model, into the new folder ``out``.
 
@@ -46,6 +47,10 @@ def pack(
     order of its neurons, a (neurons,) int64 tensor: neuron j of the store is ``order[j]`` of the
     checkpoint, which leaves the model's function as it is. ``progress`` is called with the bytes
     of records written so far and in all.
+
+    ``unit`` says what the MLP's records hold: "column", columns of input channels, for methods that
+    decide by channels (DIP); or "neuron", for those that choose neurons before their block (Deja
+    Vu), a neuron's rows of gate and up and its column of down together.
 
     Everything goes to ``out``.partial, which takes the name ``out`` when it is whole. A packing
     that was interrupted goes on where it was when it is called again with the same arguments.
@@ -56,7 +61,9 @@ def pack(
         raise unknown("kind of weights", weights, WEIGHTS)
     if block != "auto" and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
         raise InputError(f"block must be 'auto' or at least 1, got {block!r}")
-    plan = make_plan(source, weights, block, _orders(permutation))
+    if unit not in UNITS:
+        raise unknown("unit", unit, UNITS)
+    plan = make_plan(source, weights, block, unit, _orders(permutation))
     folder = Path(out).absolute()
     sizes = {RECORDS_NAME: plan.index.records_bytes, REST_NAME: plan.index.rest_bytes}
     with Partial(folder, _arguments(plan), sizes) as partial:
@@ -78,7 +85,7 @@ def _write_records(plan: Plan, partial: Partial, progress: Progress) -> None:
         offset = group.offset_of(packed.slab.first)
         partial.write(RECORDS_NAME, offset, packed.records.data)
         if packed.scales is not None:
-            begin = plan.rest.begin(group.scale_name) + 4 * packed.slab.first * group.block
+            begin = plan.rest.begin(group.scale_name) + 4 * packed.slab.first * group.columns
             partial.write(REST_NAME, begin, packed.scales.numpy().data)
         if time.monotonic() - kept > SECONDS_KEPT:
             partial.keep(done)
@@ -139,6 +146,7 @@ def _arguments(plan: Plan) -> dict[str, Any]:
         "dipnet": __version__,
         "checkpoint": plan.checkpoint.fingerprint(),
         "weights": plan.index.weights,
-        "block": plan.index.groups[3].block,
+        "unit": plan.index.unit,
+        "block": plan.index.neurons.block,
         "permutation": orders.hexdigest(),
     }

@@ -17,13 +17,14 @@ from dipnet.pack.names import Part, TensorNames
 from dipnet.pack.rest import Rest
 from dipnet.store.geometry import (
     GROUP_ALIGNMENT,
+    Unit,
     Weights,
     column_stride,
     padded_outputs,
     record_bytes,
     round_up,
 )
-from dipnet.store.index import LAYER_GROUPS, MATRICES, Group, GroupName, Index
+from dipnet.store.index import LAYER_GROUPS, MATRICES, VERSIONS, Group, GroupName, Index
 from dipnet.units import ModelSpec
 
 Block = int | Literal["auto"]
@@ -49,19 +50,24 @@ class Plan:
     orders: Mapping[int, Tensor]
 
 
-def make_plan(source: str, weights: Weights, block: Block, orders: Mapping[int, Tensor]) -> Plan:
+def make_plan(
+    source: str, weights: Weights, block: Block, unit: Unit, orders: Mapping[int, Tensor]
+) -> Plan:
     """The plan of packing ``source``; InputError when it is no checkpoint that can be packed."""
+    if unit == "neuron":
+        _check_single(block, orders)
     config = load_config(source)
     checkpoint = Checkpoint(source)
     decoder = Decoder(empty_model(config))
     names = TensorNames(decoder, checkpoint)
-    groups = _groups(decoder, names.head_shape, weights, block)
+    groups = _groups(decoder, names.head_shape, weights, block, unit)
     parts = tuple(names.parts(group) for group in groups)
-    scales = [] if weights == "bf16" else [(g.scale_name, g.channels) for g in groups]
+    scales = [] if weights == "bf16" else [(g.scale_name, g.units * g.columns) for g in groups]
     rest = Rest(scales, names.rest())
     spec = decoder.spec
     _check_orders(orders, spec)
     index = Index(
+        version=VERSIONS[unit],
         weights=weights,
         family=spec.family,
         activation=spec.activation,
@@ -75,6 +81,18 @@ def make_plan(source: str, weights: Weights, block: Block, orders: Mapping[int, 
         groups=tuple(groups),
     )
     return Plan(checkpoint, index, parts, rest, orders)
+
+
+def _check_single(block: Block, orders: Mapping[int, Tensor]) -> None:
+    """Whole neurons are records of their own: nothing is gained from neighbours."""
+    if block not in ("auto", 1):
+        raise InputError(
+            f"a record of a whole neuron holds one: leave out block {block}, or pack columns"
+        )
+    if orders:
+        raise InputError(
+            "the order of whole neurons has no effect: leave out the permutation, or pack columns"
+        )
 
 
 def _check_orders(orders: Mapping[int, Tensor], spec: ModelSpec) -> None:
@@ -98,14 +116,16 @@ def automatic_block(weights: Weights, outputs: int, channels: int) -> int:
     return 1
 
 
-def _groups(decoder: Decoder, head: tuple[int, ...], weights: Weights, block: Block) -> list[Group]:
+def _groups(
+    decoder: Decoder, head: tuple[int, ...], weights: Weights, block: Block, unit: Unit
+) -> list[Group]:
     shapes = decoder.spec.matrices
     groups: list[Group] = []
     for layer in range(decoder.spec.layers):
-        for name in LAYER_GROUPS:
+        for name in LAYER_GROUPS[unit]:
             held = [m for m in MATRICES[name][0] if m in shapes]
             matrices = {matrix: shapes[matrix][0] for matrix in held}
-            channels = shapes[held[0]][1]
+            channels = shapes[held[-1]][1]
             size = 1
             if name == "mlp.hidden":
                 size = chosen_block(weights, block, matrices["down"], channels)
@@ -123,7 +143,8 @@ def _group(
     block: int,
     before: list[Group],
 ) -> Group:
-    outputs = padded_outputs(sum(matrices.values()))
+    neuron = name == "mlp.neuron"
+    outputs = padded_outputs(matrices["down"] if neuron else sum(matrices.values()))
     stride = column_stride(weights, outputs)
     return Group(
         layer=layer,
@@ -133,7 +154,7 @@ def _group(
         block=block,
         outputs=outputs,
         stride=stride,
-        record_bytes=record_bytes(stride, block),
+        record_bytes=record_bytes(stride, len(matrices) if neuron else block),
         offset=round_up(before[-1].end, GROUP_ALIGNMENT) if before else 0,
     )
 

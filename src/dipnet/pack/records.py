@@ -31,7 +31,7 @@ class Slab:
 
 @dataclass(frozen=True)
 class Packed:
-    """A slab's records, (units, record_bytes) uint8, and the scales of its channels."""
+    """A slab's records, (units, record_bytes) uint8, and the scales of their columns."""
 
     slab: Slab
     records: NDArray[np.uint8]
@@ -41,7 +41,7 @@ class Packed:
 def slabs(groups: tuple[Group, ...]) -> Iterator[Slab]:
     """All slabs of a store, in the order of the file; always the same for the same groups."""
     for number, group in enumerate(groups):
-        step = max(1, SLAB_WEIGHTS // group.outputs // group.block)
+        step = max(1, SLAB_WEIGHTS // group.outputs // group.columns)
         for first in range(0, group.units, step):
             yield Slab(number, first, min(step, group.units - first))
 
@@ -50,14 +50,38 @@ def pack_slab(plan: Plan, slab: Slab) -> Packed:
     """The records of a slab; InputError when a weight is NaN or infinite."""
     group = plan.index.groups[slab.group]
     channels = slice(slab.first * group.block, (slab.first + slab.units) * group.block)
+    make = _neurons if group.input_rows else _columns
     try:
-        columns, scales = encode(_weights(plan, slab.group, channels), plan.index.weights)
+        columns, scales = make(plan, slab.group, channels)
     except InputError as error:
         raise InputError(f"{group.label} of {plan.index.source!r}: {error}") from None
     records = np.zeros((slab.units, group.record_bytes), dtype=np.uint8)
-    records[:, : group.block * group.stride] = columns.numpy().reshape(slab.units, -1)
+    records[:, : group.columns * group.stride] = columns.numpy().reshape(slab.units, -1)
     seal(records, group=slab.group, first_unit=slab.first)
     return Packed(slab, records, scales)
+
+
+def _columns(plan: Plan, number: int, channels: slice) -> tuple[Tensor, Tensor | None]:
+    """Some channels' (channels, stride) columns and their scales."""
+    return encode(_weights(plan, number, channels), plan.index.weights)
+
+
+def _neurons(plan: Plan, number: int, neurons: slice) -> tuple[Tensor, Tensor | None]:
+    """Some neurons' rows of the matrices before down, and their columns of it.
+
+    (neurons, matrices, stride) uint8 and (neurons, matrices) scales.
+    """
+    made = []
+    for part in plan.parts[number][:-1]:
+        rows = slice(part.rows.start + neurons.start, part.rows.start + neurons.stop)
+        weights = plan.checkpoint.read(part.tensor, rows).T.contiguous()
+        made.append(encode(weights, plan.index.weights))
+    down = plan.parts[number][-1]
+    weights = plan.checkpoint.read(down.tensor, down.rows, neurons)
+    made.append(encode(weights, plan.index.weights))
+    scales = [scale for _, scale in made if scale is not None]
+    stacked = torch.stack([columns for columns, _ in made], dim=1)
+    return stacked, torch.stack(scales, dim=1) if scales else None
 
 
 def _weights(plan: Plan, number: int, channels: slice) -> Tensor:

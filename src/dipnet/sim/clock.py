@@ -14,10 +14,18 @@ from numpy.typing import NDArray
 
 from dipnet.sim.device import Device
 from dipnet.sim.shape import ModelShape
-from dipnet.sim.sizes import is_streamed, kv_bytes, pinned_bytes, unit_bytes
+from dipnet.sim.sizes import (
+    is_streamed,
+    kv_bytes,
+    pinned_bytes,
+    unit_bytes,
+    unit_columns,
+    unit_rows,
+    unit_stride,
+)
 from dipnet.sim.trace import TraceSite
 from dipnet.sim.walk import READ_BYTES, Group, Walk, pinned_groups
-from dipnet.store.geometry import Weights, column_stride, padded_outputs
+from dipnet.store.geometry import Weights
 
 Array = NDArray[np.float64]
 
@@ -54,14 +62,13 @@ class SiteLoad:
 
     def group(self) -> Group:
         """The site's records, as the engine has them."""
-        rows = self.site.weights_per_unit // self.site.block
         return Group(
             layer=self.site.layer,
             name=self.site.name,
             units=self.site.units,
-            block=self.site.block,
-            rows=rows,
-            stride=column_stride(self.weights, padded_outputs(rows)),
+            block=unit_columns(self.site),
+            rows=unit_rows(self.site),
+            stride=unit_stride(self.site, self.weights),
             record_bytes=self.record_bytes,
             masked=self.masked,
             hits=np.asarray(self.hits, np.float64),
@@ -78,24 +85,27 @@ def seconds(
     context: float | Array = 0.0,
     look_ahead: bool = False,
     recall: Mapping[str, float] | None = None,
+    added_bytes: int = 0,
 ) -> Array:
     """(tokens,) seconds of each token; the ``loads`` are those of its MLP, and of masks elsewhere.
 
     All are of one kind of weights; an MLP matrix that no load has is not counted, attention and the
     head are. ``context`` is the number of tokens before each. ``look_ahead`` reads ahead on
     guesses, of which the share ``recall`` (by the sites' name) is right: both matter only to a
-    device with engine costs. Raises InputError when those lack the loads' kind of weights.
+    device with engine costs. The method's own ``added_bytes`` are read from memory before anything
+    is asked of Flash. Raises InputError when those lack the loads' kind of weights.
     """
+    deciding = added_bytes / device.dram.bandwidth
     past = np.broadcast_to(np.asarray(context, np.float64), loads[0].hits.shape)
     if device.engine is None:
-        return _of_bytes(device, shape, loads, past)
+        return _of_bytes(device, shape, loads, past) + deciding
     weights = loads[0].weights
     groups = {(group.layer, group.name): group for group in pinned_groups(shape, weights, past)}
     # A head is no record: attention's two groups are in memory whole, whatever heads are wanted.
     records = [load for load in loads if load.site.name != "attn.head"]
     groups |= {(load.site.layer, load.site.name): load.group() for load in records}
     walk = Walk(device.flash, device.engine, shape, weights, groups, past)
-    return walk.token(recall or {}) if look_ahead else walk.token(None)
+    return deciding + (walk.token(recall or {}) if look_ahead else walk.token(None))
 
 
 def _of_bytes(device: Device, shape: ModelShape, loads: Sequence[SiteLoad], past: Array) -> Array:

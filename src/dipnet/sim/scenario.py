@@ -81,7 +81,8 @@ class Needs:
     def of(cls, target: Target, weights: str, context: int) -> Needs:
         """The needs of a target with keys and values for ``context`` tokens."""
         records = sum(site.units * unit_bytes(site, weights) for site in target.cached)
-        return cls(pinned_bytes(target.shape, weights), kv_bytes(target.shape, context), records)
+        pinned = pinned_bytes(target.shape, weights) + target.added_bytes
+        return cls(pinned, kv_bytes(target.shape, context), records)
 
     @property
     def fixed(self) -> int:
@@ -103,9 +104,9 @@ def cache_slots(target: Target, scenario: Scenario) -> dict[Key, int]:
     if scenario.memory < needs.fixed:
         raise InputError(
             f"{size_text(scenario.memory)} of memory is too little for {target.shape.name}: "
-            f"attention, the head, and keys and values for {scenario.context} tokens take "
-            f"{size_text(needs.fixed)} of the {size_text(needs.total)} that hold all of it; give "
-            "more, or a shorter context"
+            f"attention, the head,{_added(target)} and keys and values for {scenario.context} "
+            f"tokens take {size_text(needs.fixed)} of the {size_text(needs.total)} that hold all "
+            "of it; give more, or a shorter context"
         )
     fits = scenario.memory >= needs.total  # to the byte, where shares are rounded
     budget = None if fits else scenario.memory - needs.fixed
@@ -113,6 +114,11 @@ def cache_slots(target: Target, scenario: Scenario) -> dict[Key, int]:
         budget = 0
     divided = divide_slots(target.cached, scenario.weights, budget, scenario.split)
     return {site.key: slots for site, slots in zip(target.cached, divided, strict=True)}
+
+
+def _added(target: Target) -> str:
+    """What a method adds to what is always in memory, in a sentence."""
+    return f" {size_text(target.added_bytes)} of the method's own" if target.added else ""
 
 
 def check_device(device: Device, target: Target, scenario: Scenario) -> None:
@@ -175,6 +181,7 @@ class Run:
             context=self.positions,
             look_ahead=look_ahead,
             recall=self.recall,
+            added_bytes=self.target.added_bytes,
         )
         needs = Needs.of(self.target, self.scenario.weights, self.scenario.context)
         streamed = [load for load in self.loads if is_streamed(load.site)]

@@ -35,11 +35,24 @@ def is_streamed(site: TraceSite) -> bool:
 def unit_bytes(site: TraceSite, weights: str) -> int:
     """Bytes of a unit of ``site``: of its record, where a store of such weights has it as one.
 
-    A store has columns. A neuron that is skipped whole (``mlp.neuron``) is taken as a record of
-    its weights in every matrix, rounded as a column is. Raises InputError for unknown ``weights``.
+    Raises InputError for unknown ``weights``.
     """
-    rows = sum(site.matrices.values()) // site.block
-    return _record_bytes(_known(weights), rows, site.block)
+    return record_bytes(unit_stride(site, weights), unit_columns(site))
+
+
+def unit_columns(site: TraceSite) -> int:
+    """Columns of a unit's record: a neuron that is skipped whole has one of each matrix."""
+    return site.block * (len(site.matrices) if site.name == "mlp.neuron" else 1)
+
+
+def unit_rows(site: TraceSite) -> int:
+    """The numbers of a column in a unit's record."""
+    return site.weights_per_unit // unit_columns(site)
+
+
+def unit_stride(site: TraceSite, weights: str) -> int:
+    """Bytes of a column in a unit's record; InputError for unknown ``weights``."""
+    return column_stride(_known(weights), padded_outputs(unit_rows(site)))
 
 
 def pinned_bytes(shape: ModelShape, weights: str) -> int:
@@ -112,8 +125,8 @@ def divide_bytes(
     return given | {name: int(part * share) for name, share in sharing.items()}
 
 
-def _record_bytes(weights: Weights, rows: int, block: int = 1) -> int:
-    return record_bytes(column_stride(weights, padded_outputs(rows)), block)
+def _record_bytes(weights: Weights, rows: int) -> int:
+    return record_bytes(column_stride(weights, padded_outputs(rows)), 1)
 
 
 def _known(weights: str) -> Weights:

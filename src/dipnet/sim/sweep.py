@@ -88,11 +88,14 @@ class Grid:
     shape: ModelShape | None = None
     look_ahead: bool = True
 
-    def target(self, shape: ModelShape, sites: Sequence[TraceSite]) -> Target:
-        """What is simulated of a model with masks at ``sites``; none for the dense model."""
+    def target(self, shape: ModelShape, sites: Sequence[TraceSite], added: int = 0) -> Target:
+        """What is simulated of a model with masks at ``sites``; none for the dense model.
+
+        Deciding them reads ``added`` numbers of the method's own.
+        """
         if self.shape is None:
-            return own_target(shape, sites)
-        return stretched(shape, sites, self.shape)
+            return own_target(shape, sites, added)
+        return stretched(shape, sites, self.shape, added)
 
     def needs(self, shape: ModelShape, context: int) -> Needs:
         """What the dense model takes."""
@@ -131,7 +134,7 @@ def simulate_trace(trace: Trace, grid: Grid, progress: Progress | None = None) -
     Masks that a cache decided are replayed with that cache only. Raises InputError for what does
     not fit, and when such a trace is to be swept over memories or policies.
     """
-    target = grid.target(trace.shape, trace.sites)
+    target = grid.target(trace.shape, trace.sites, trace.added_weights)
     context = longest_sequence(trace)
     gamma = trace.cache.gamma if trace.cache else None
     if trace.cache:

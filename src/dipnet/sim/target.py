@@ -13,7 +13,7 @@ from functools import cached_property
 
 from dipnet.errors import InputError
 from dipnet.sim.shape import ModelShape
-from dipnet.sim.sizes import is_streamed
+from dipnet.sim.sizes import FLOAT_BYTES, is_streamed
 from dipnet.sim.trace import TraceSite
 
 PLACES = ("attn.in", "attn.out", "attn.head", "mlp.in", "mlp.hidden", "mlp.neuron")
@@ -27,18 +27,25 @@ class Target:
     """What is simulated: a shape, and its sites in the order of computation.
 
     ``sites`` are those where a mask is decided, ``sources`` the positions in the trace of the sites
-    whose statistics they have. ``whole`` are MLP matrices that no mask thins: every token wants all
-    of them, and they take their part of the cache.
+    whose statistics they have; deciding reads ``added`` numbers of the method's own for a token.
+    ``whole`` are MLP matrices that no mask thins: every token wants all of them, and they take
+    their part of the cache.
     """
 
     shape: ModelShape
     sites: tuple[TraceSite, ...]
     sources: tuple[int, ...]
+    added: int = 0
 
     @cached_property
     def whole(self) -> tuple[TraceSite, ...]:
         """The MLP's matrices that no site thins, as sites of density 1."""
         return tuple(_whole(self.shape, self.sites))
+
+    @property
+    def added_bytes(self) -> int:
+        """Bytes that the method adds: predictors, norms, thresholds, in memory in float32."""
+        return FLOAT_BYTES * self.added
 
     @property
     def cached(self) -> tuple[TraceSite, ...]:
@@ -55,15 +62,18 @@ def place(site: TraceSite) -> tuple[int, int]:
     return site.layer, PLACES.index(site.name)
 
 
-def own_target(shape: ModelShape, sites: Sequence[TraceSite]) -> Target:
+def own_target(shape: ModelShape, sites: Sequence[TraceSite], added: int = 0) -> Target:
     """The model that was recorded, as it is; without sites, the dense model."""
-    return Target(shape, tuple(sites), tuple(range(len(sites))))
+    return Target(shape, tuple(sites), tuple(range(len(sites))), added)
 
 
-def stretched(source: ModelShape, sites: Sequence[TraceSite], shape: ModelShape) -> Target:
+def stretched(
+    source: ModelShape, sites: Sequence[TraceSite], shape: ModelShape, added: int = 0
+) -> Target:
     """The sites of ``shape`` with the statistics of a recorded model's ``sites``.
 
-    Raises InputError when a site thins a matrix that the shape does not have.
+    What the method ``added`` there is as large a share of the MLP here. Raises InputError when a
+    site thins a matrix that the shape does not have.
     """
     positions = {site.key: at for at, site in enumerate(sites)}
     # Attention is in memory anyway, and a shape does not say how many heads it has.
@@ -76,7 +86,8 @@ def stretched(source: ModelShape, sites: Sequence[TraceSite], shape: ModelShape)
             if at is not None:
                 made.append(_resized(sites[at], layer, source, shape))
                 sources.append(at)
-    return Target(shape, tuple(made), tuple(sources))
+    size = shape.layers * shape.mlp_weights / (source.layers * source.mlp_weights)
+    return Target(shape, tuple(made), tuple(sources), round(added * size))
 
 
 def same_depth(layer: int, layers: int, others: int) -> int:
@@ -121,11 +132,18 @@ def _matrices(site: TraceSite, source: ModelShape, shape: ModelShape) -> list[st
 
 def _whole(shape: ModelShape, sites: Iterable[TraceSite]) -> Iterable[TraceSite]:
     thinned: dict[int, set[str]] = {}
+    by_neurons = False
     for site in sites:
         thinned.setdefault(site.layer, set()).update(site.matrices)
+        by_neurons = by_neurons or site.name == "mlp.neuron"
     width, neurons = shape.matrices["down"]
     for layer in range(shape.layers):
         found = thinned.get(layer, set())
+        if by_neurons:
+            if "down" not in found:  # in the same store: its records are of whole neurons, too
+                weights = dict.fromkeys(shape.mlp_matrices, width)
+                yield TraceSite(layer, "mlp.neuron", neurons, 1, 1.0, weights)
+            continue
         left = [matrix for matrix in shape.input_matrices if matrix not in found]
         if left:
             outputs = {matrix: shape.matrices[matrix][0] for matrix in left}

@@ -90,6 +90,7 @@ class Header(BaseModel):
     cache: TraceCache | None
     recall: Mapping[str, Annotated[float, Field(ge=0, le=1)]] | None
     tokens: Annotated[int, Field(ge=1, lt=2**62)]
+    added_weights: Annotated[int, Field(ge=0, lt=2**62)] = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -126,7 +127,8 @@ def site_bytes(site: TraceSite) -> int:
 class Trace:
     """A trace that was opened; its masks stay in the file until they are asked for.
 
-    ``starts`` are the (sequences,) int64 rows at which sequences begin, the first of them 0.
+    ``starts`` are the (sequences,) int64 rows at which sequences begin, the first of them 0;
+    ``added_weights`` the numbers that the method itself reads for a token.
     """
 
     def __init__(self, path: Path, header: Header, tensors: Any) -> None:
@@ -137,6 +139,7 @@ class Trace:
         self.cache = header.cache
         self.recall = header.recall
         self.tokens = header.tokens
+        self.added_weights = header.added_weights
         self.starts: NDArray[np.int64] = tensors.get_tensor("starts")
         self.has_scores = "scores" in set(tensors.keys())
         self._layout = Layout.of(self.sites)

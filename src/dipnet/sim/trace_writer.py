@@ -34,8 +34,9 @@ class TraceWriter:
     The masks of some tokens come site by site, in one or more pieces (``add``); when all are there
     ``end_tokens`` writes the tokens' rows. ``start_sequence`` says which token begins a sequence;
     the first always does. ``recall`` may be set before the end. With ``scores`` every ``add``
-    brings them too. Raises InputError when the file cannot be written, what it would say of itself
-    is inconsistent, or no token was recorded.
+    brings them too. ``added_weights`` are the numbers that the method itself reads for a token.
+    Raises InputError when the file cannot be written, what it would say of itself is inconsistent,
+    or no token was recorded.
     """
 
     def __init__(
@@ -47,11 +48,12 @@ class TraceWriter:
         cache: TraceCache | None = None,
         *,
         scores: bool = False,
+        added_weights: int = 0,
     ) -> None:
         self.path = Path(path)
         self.recall: Mapping[str, float] | None = None
         self.tokens = 0
-        self._header = _header(shape, method, sites, cache)
+        self._header = _header(shape, method, sites, cache, added_weights)
         self._layout = Layout.of(self._header.sites)
         self._sites = {site.key: site for site in self._header.sites}
         self._scored = scores
@@ -180,7 +182,11 @@ class TraceWriter:
 
 
 def _header(
-    shape: ModelShape, method: str, sites: Sequence[TraceSite], cache: TraceCache | None
+    shape: ModelShape,
+    method: str,
+    sites: Sequence[TraceSite],
+    cache: TraceCache | None,
+    added_weights: int,
 ) -> Header:
     """What the trace will say of itself, but for what is known at its end."""
     if not sites:
@@ -189,7 +195,13 @@ def _header(
         )
     try:
         return Header(
-            model=shape, method=method, sites=tuple(sites), cache=cache, recall=None, tokens=1
+            model=shape,
+            method=method,
+            sites=tuple(sites),
+            cache=cache,
+            recall=None,
+            tokens=1,
+            added_weights=added_weights,
         )
     except ValidationError as error:
         raise InputError(f"cannot record a trace: {complaint(error)}") from None

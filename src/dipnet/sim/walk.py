@@ -199,7 +199,7 @@ class Walk:
             return
         most = np.full_like(self.now, self.frame_bytes / group.record_bytes)
         right = 1.0
-        if group.masked:
+        if group.masked and group.name != "mlp.neuron":  # a predictor's masks are no guess
             right = self.recall.get(group.name, RECALL)
             self.now += self._selecting(group)
             most = np.minimum(most, idle * self.rate / group.record_bytes)

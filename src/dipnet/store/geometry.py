@@ -9,6 +9,9 @@ from typing import Literal, get_args
 
 Weights = Literal["int4", "int8", "bf16"]
 WEIGHTS: tuple[Weights, ...] = get_args(Weights)
+Unit = Literal["column", "neuron"]
+"""What a record of the MLP holds: columns of input channels, or neurons whole."""
+UNITS: tuple[Unit, ...] = get_args(Unit)
 
 TILE = 128
 """A group's outputs are padded to a multiple of this, so that no kernel has a remainder."""
@@ -50,6 +53,6 @@ def column_stride(weights: Weights, outputs: int) -> int:
     return round_up(used, COLUMN_ALIGNMENT)
 
 
-def record_bytes(stride: int, block: int) -> int:
-    """Bytes of a record: ``block`` columns, padding, and the checksum at its end."""
-    return round_up(block * stride + CHECKSUM_BYTES, SECTOR)
+def record_bytes(stride: int, columns: int) -> int:
+    """Bytes of a record: its columns (a neuron's rows among them), padding, and the checksum."""
+    return round_up(columns * stride + CHECKSUM_BYTES, SECTOR)

@@ -17,6 +17,7 @@ from dipnet.store.geometry import (
     GROUP_ALIGNMENT,
     MAX_CHANNELS,
     WEIGHTS,
+    Unit,
     Weights,
     column_stride,
     padded_outputs,
@@ -24,18 +25,24 @@ from dipnet.store.geometry import (
 )
 
 FORMAT = "dipnet-store"
-VERSION = 1
+VERSIONS: dict[Unit, Literal[1, 2]] = {"column": 1, "neuron": 2}
+"""The version of a store by what a record of its MLP holds."""
 INDEX_NAME, RECORDS_NAME, REST_NAME = "index.json", "records.bin", "rest.safetensors"
 MAX_INDEX_BYTES = 64 << 20
 """An index of a thousand layers has a megabyte; what is larger is no index."""
 
-GroupName = Literal["attn.in", "attn.out", "mlp.in", "mlp.hidden", "head"]
-LAYER_GROUPS: tuple[GroupName, ...] = ("attn.in", "attn.out", "mlp.in", "mlp.hidden")
+GroupName = Literal["attn.in", "attn.out", "mlp.in", "mlp.hidden", "mlp.neuron", "head"]
+LAYER_GROUPS: dict[Unit, tuple[GroupName, ...]] = {
+    "column": ("attn.in", "attn.out", "mlp.in", "mlp.hidden"),
+    "neuron": ("attn.in", "attn.out", "mlp.neuron"),
+}
+"""The groups of a layer, in the order of the file."""
 MATRICES: dict[str, tuple[tuple[str, ...], ...]] = {
     "attn.in": (("q", "k", "v"),),
     "attn.out": (("o",),),
     "mlp.in": (("gate", "up"), ("up",)),
     "mlp.hidden": (("down",),),
+    "mlp.neuron": (("gate", "up", "down"), ("up", "down")),
     "head": (("head",),),
 }
 """The matrices that a group may hold, in the order of its outputs."""
@@ -47,11 +54,15 @@ _SETTINGS = ConfigDict(frozen=True, strict=True, extra="ignore")
 
 
 class Group(BaseModel):
-    """The matrices of a layer that share an input, stored column by column.
+    """The matrices of a layer that share an input, stored column by column, or an MLP's neurons.
 
     ``layer`` is None for the head. ``matrices`` maps each matrix to its rows, in the order in which
     they follow each other in the ``outputs``, which are padded with zero rows. ``channels`` counts
     the input channels; a unit is ``block`` neighbouring ones.
+
+    Of ``mlp.neuron`` the units are the neurons, which are ``down``'s input channels, and the
+    ``outputs`` are ``down``'s: a record holds a neuron's row of every matrix before it, which has
+    as many numbers, and its column.
     """
 
     model_config = _SETTINGS
@@ -92,9 +103,24 @@ class Group(BaseModel):
         return self.offset + self.bytes
 
     @property
+    def input_rows(self) -> int:
+        """Rows of other matrices that come before a record's columns: those of a neuron."""
+        return len(self.matrices) - 1 if self.name == "mlp.neuron" else 0
+
+    @property
+    def columns(self) -> int:
+        """Columns of a record, and rows that are stored like columns."""
+        return self.input_rows + self.block
+
+    @property
     def rows(self) -> int:
         """The outputs that are no padding."""
-        return sum(self.matrices.values())
+        return self.matrices["down"] if self.input_rows else sum(self.matrices.values())
+
+    def shape(self, matrix: str) -> tuple[int, int]:
+        """The (rows, columns) of one of the matrices."""
+        is_input = self.input_rows and matrix != "down"
+        return self.matrices[matrix], self.rows if is_input else self.channels
 
     @property
     def scale_name(self) -> str:
@@ -102,7 +128,7 @@ class Group(BaseModel):
         return "scale.head" if self.layer is None else f"scale.{self.layer}.{self.name}"
 
     def output_rows(self, matrix: str) -> slice:
-        """Which of the outputs are ``matrix``."""
+        """Which of the matrices' rows, one matrix below the other, are ``matrix``."""
         start = 0
         for name, rows in self.matrices.items():
             if name == matrix:
@@ -121,7 +147,7 @@ class Index(BaseModel):
     model_config = _SETTINGS
 
     format: Literal["dipnet-store"] = "dipnet-store"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 1
     weights: Weights
     family: Annotated[str, Field(min_length=1, max_length=200)]
     activation: Annotated[str, Field(min_length=1, max_length=200)]
@@ -140,6 +166,21 @@ class Index(BaseModel):
         _check_geometry(self)
         _check_shapes(self)
         return self
+
+    @property
+    def unit(self) -> Unit:
+        """What a record of the MLP holds."""
+        return "neuron" if self.version == VERSIONS["neuron"] else "column"
+
+    @property
+    def first_layer(self) -> tuple[Group, ...]:
+        """The groups of layer 0: those of the others are like them."""
+        return self.groups[: len(LAYER_GROUPS[self.unit])]
+
+    @property
+    def neurons(self) -> Group:
+        """The group of layer 0 whose units are its neurons, or blocks of them."""
+        return self.first_layer[-1]
 
     @cached_property
     def _positions(self) -> dict[tuple[int | None, str], int]:
@@ -193,10 +234,11 @@ def _check_version(content: bytes, file: Path) -> None:
     head = _Head.model_validate_json(content)
     if head.format != FORMAT:
         raise InputError(f"{file} is no index of a dipnet store: give the folder that pack made")
-    if head.version != VERSION:
+    if head.version not in VERSIONS.values():
         raise InputError(
-            f"{file} is of version {str(head.version)[:20]} and this dipnet reads {VERSION}: use "
-            "the dipnet that packed it, or pack the model again"
+            f"{file} is of version {str(head.version)[:20]} and this dipnet reads "
+            f"{' and '.join(map(str, VERSIONS.values()))}: use the dipnet that packed it, or pack "
+            "the model again"
         )
     if head.weights not in WEIGHTS:
         raise InputError(
@@ -238,13 +280,14 @@ def _check_size(file: Path, expected: int) -> None:
 
 
 def _check_presence(index: Index) -> None:
-    """Every layer has its four groups, in order, and then comes the head."""
-    if len(index.groups) != len(LAYER_GROUPS) * index.layers + 1:
-        raise ValueError(f"{index.layers} layers need {4 * index.layers + 1} groups")
+    """Every layer has its groups, in order, and then comes the head."""
+    names = LAYER_GROUPS[index.unit]
+    if len(index.groups) != len(names) * index.layers + 1:
+        raise ValueError(f"{index.layers} layers need {len(names) * index.layers + 1} groups")
     for number, group in enumerate(index.groups):
-        layer, place = divmod(number, len(LAYER_GROUPS))
+        layer, place = divmod(number, len(names))
         head = layer == index.layers
-        wanted = (None, "head") if head else (layer, LAYER_GROUPS[place])
+        wanted = (None, "head") if head else (layer, names[place])
         if (group.layer, group.name) != wanted:
             raise ValueError(f"group {number} is {group.label}, out of its place")
 
@@ -276,7 +319,7 @@ def _check_group(group: Group, weights: Weights) -> None:
     expected = {
         "outputs": padded_outputs(group.rows),
         "stride": stride,
-        "record_bytes": record_bytes(stride, group.block),
+        "record_bytes": record_bytes(stride, group.columns),
     }
     for field, value in expected.items():
         if getattr(group, field) != value:
@@ -287,18 +330,19 @@ def _check_shapes(index: Index) -> None:
     """All layers are alike, and what one group gives is what the next one takes."""
     shapes = [_shape(group) for group in index.groups[:-1]]
     for number, shape in enumerate(shapes):
-        if shape != shapes[number % 4]:
+        if shape != shapes[number % len(index.first_layer)]:
             raise ValueError(f"{index.groups[number].label} has another shape than that of layer 0")
-    reads, attention, mlp, hidden = index.groups[:4]
-    widths = {reads.channels, attention.rows, mlp.channels, hidden.rows}
+    reads, attention, mlp, hidden = *index.first_layer[:3], index.neurons
+    whole = index.unit == "neuron"
+    widths = {reads.channels, attention.rows, hidden.rows, mlp.rows if whole else mlp.channels}
     if len(widths) != 1:
         raise ValueError("the groups disagree about the model's width")
     if attention.channels != reads.matrices["q"]:
         raise ValueError("attn.out takes other channels than attn.in gives")
     if reads.matrices["k"] != reads.matrices["v"]:
         raise ValueError("k and v of attn.in differ in size")
-    if {hidden.channels} != set(mlp.matrices.values()):
-        raise ValueError("mlp.hidden takes other channels than mlp.in gives")
+    if {hidden.channels} != {rows for name, rows in mlp.matrices.items() if name != "down"}:
+        raise ValueError(f"{hidden.name} takes other channels than its matrices give")
 
 
 def _shape(group: Group) -> tuple[list[tuple[str, int]], int, int]:

@@ -19,11 +19,22 @@ from dipnet.models.attach import ATTACHED
 from dipnet.models.caching import CacheState, SiteCache
 from dipnet.models.calls import Calls
 from dipnet.models.families import Decoder
+from dipnet.models.residual import Residual
 from dipnet.models.tokens import Prefill, TokenState
 from dipnet.models.usage import Usage
+from dipnet.store.index import Group
 from dipnet.streaming.engine import Engine, Key
-from dipnet.streaming.linear import EngineCache, Masks, RecordGroup, RecordLinear, Seconds
+from dipnet.streaming.linear import (
+    EngineCache,
+    HeadMasks,
+    Masks,
+    RecordGroup,
+    RecordLinear,
+    Seconds,
+)
 from dipnet.streaming.look_ahead import LookAhead
+from dipnet.streaming.methods import ON_HEADS
+from dipnet.streaming.neurons import NeuronColumns, NeuronGroup
 from dipnet.streaming.stats import Recorder
 
 
@@ -42,14 +53,14 @@ class Streamed:
         self.decoder = decoder
         self.engine = engine
         self.method = method
-        self.tokens = TokenState(prefill)
         self.usage = Usage(method, decoder.spec)
+        sites = self.usage.sites.values()
+        by_position = any(site.scored_on == "position" for site in sites)
+        self.tokens = TokenState(prefill, positions=by_position)
+        self.residual = Residual.of_sites(decoder, sites, self.tokens)
         self.seconds = Seconds()
         self.recorder = Recorder(engine, self.seconds)
-        self.groups = {
-            group.key: RecordGroup(engine, group, self.tokens, self._masks(group.key))
-            for group in engine.index.groups
-        }
+        self.groups = {group.key: self._record_group(group) for group in engine.index.groups}
         self._looks_ahead = look_ahead
         self._turn = RLock()
 
@@ -58,8 +69,9 @@ class Streamed:
         for layer in range(self.decoder.spec.layers):
             for path, held in self.decoder.family.modules.items():
                 self._replace_linear(layer, path, held)
-            if self._looks_ahead:
-                self._look_ahead(layer)
+        self.residual.watch()
+        for layer in range(self.decoder.spec.layers if self._looks_ahead else 0):
+            self._look_ahead(layer)
         self._replace_head()
         model = self.decoder.model
         setattr(model, ATTACHED, self)
@@ -74,26 +86,35 @@ class Streamed:
 
     def caching(self) -> CacheState | None:
         """The caches of the sites; None when all records are held, and no mask depends on them."""
-        groups = [self.groups[key] for key in self.usage.sites]
+        groups = [self.groups[key] for key in self.usage.sites if key in self.groups]
         streaming = [group for group in groups if not group.held]
         if not streaming:
             return None
-        slots = {key: self.engine.slots[key] for key in self.usage.sites}
+        units = {key: site.units for key, site in self.usage.sites.items()}
+        slots = {key: self.engine.slots.get(key, held) for key, held in units.items()}
         warm = any(self.engine.resident(group.key).any() for group in streaming)
         return CacheState(self.engine.policy, slots, warm)
 
     def guesses(self) -> Mapping[str, tuple[int, int]]:
         """Records read ahead so far, and those of them that were wanted, by the site's name."""
         sites = self.recorder.stats().sites
-        wanted = {name for _, name in self.usage.sites}
+        wanted = {name for _, name in self.usage.sites if name in sites}
         return {name: (sites[name].guessed, sites[name].useful) for name in wanted}
 
+    def _record_group(self, group: Group) -> RecordGroup:
+        made = NeuronGroup if group.input_rows else RecordGroup
+        return made(self.engine, group, self.tokens, self._masks(group.key))
+
     def _masks(self, key: Key) -> Masks | None:
+        layer, name = key
+        heads = self.usage.sites.get(cast(Any, (layer, ON_HEADS)))
+        if name == "attn.out" and heads is not None:
+            return HeadMasks(heads, self.method, self.usage, None, self.seconds, self.residual)
         site = self.usage.sites.get(cast(Any, key))
         if site is None:
             return None
         cache = SiteCache(site, self.method, EngineCache(self.engine, key))
-        return Masks(site, self.method, self.usage, cache, self.seconds)
+        return Masks(site, self.method, self.usage, cache, self.seconds, self.residual)
 
     def _group(self, layer: int, matrix: str) -> RecordGroup:
         return next(
@@ -104,11 +125,14 @@ class Streamed:
 
     def _replace_linear(self, layer: int, path: str, held: tuple[str, ...]) -> None:
         group = self._group(layer, held[0])
-        slices = [group.group.output_rows(matrix) for matrix in held]
-        rows = slice(slices[0].start, slices[-1].stop)
-        takers = len(group.group.matrices) // len(held)
         old = self.decoder.module(layer, path)
         bias = None if old.bias is None else old.bias.data
+        if isinstance(group, NeuronGroup) and held == ("down",):
+            self.decoder.layers[layer].set_submodule(path, NeuronColumns(group, bias))
+            return
+        slices = [group.group.output_rows(matrix) for matrix in held]
+        rows = slice(slices[0].start, slices[-1].stop)
+        takers = (group.group.input_rows or len(group.group.matrices)) // len(held)
         self.decoder.layers[layer].set_submodule(path, RecordLinear(group, rows, takers, bias))
 
     def _replace_head(self) -> None:
@@ -124,7 +148,9 @@ class Streamed:
 
     def _look_ahead(self, layer: int) -> None:
         """Guess the MLP's masks: the input's before attention, the neurons' from what is there."""
-        family = self.decoder.family
+        if (layer, "mlp.neuron") in self.groups:
+            self._look_ahead_of_neurons(layer)
+            return
         reads, hidden = self.groups[layer, "mlp.in"], self.groups[layer, "mlp.hidden"]
         if not hidden.held:
             # bf16 multiplies nothing before all is there: there is nothing to guess from.
@@ -133,12 +159,29 @@ class Streamed:
             reads.look_ahead = LookAhead(hidden, early)
         if not reads.held:
             ahead = LookAhead(reads, None)
-            norm = self.decoder.module(layer, family.mlp_norm)
-            self.decoder.layers[layer].register_forward_pre_hook(
-                partial(_before_attention, ahead, norm), with_kwargs=True
-            )
+            norm = self.decoder.module(layer, self.decoder.family.mlp_norm)
+            self._before_attention(layer, ahead, norm)
             if layer and reads.masks is None:
                 self.groups[layer - 1, "mlp.hidden"].look_ahead = ahead
+
+    def _look_ahead_of_neurons(self, layer: int) -> None:
+        """Ask for predicted neurons where their predictor reads; without a mask, for all."""
+        group = cast(NeuronGroup, self.groups[layer, "mlp.neuron"])
+        if group.held:
+            return
+        if group.masks is None:
+            ahead = LookAhead(group, None)
+            self._before_attention(layer, ahead, nn.Identity())
+            if layer:
+                self.groups[layer - 1, "mlp.neuron"].look_ahead = ahead
+        elif group.masks.site.place is not None:  # after the hook that keeps what is seen there
+            module = self.decoder.residual_module(group.masks.site.place)
+            module.register_forward_pre_hook(group.decide_early)
+
+    def _before_attention(self, layer: int, ahead: LookAhead, norm: nn.Module) -> None:
+        self.decoder.layers[layer].register_forward_pre_hook(
+            partial(_before_attention, ahead, norm), with_kwargs=True
+        )
 
     def _early_hidden(self, layer: int) -> Tensor:
         """(1, neurons): the MLP's hidden activation from the records multiplied so far."""

@@ -15,7 +15,7 @@ from dipnet.streaming.engine import Key
 from dipnet.units import parse_size as parse_size
 from dipnet.units import size_text as size_text
 
-CACHED = ("mlp.in", "mlp.hidden")
+CACHED = ("mlp.in", "mlp.hidden", "mlp.neuron")
 """The groups whose records may be streamed; the others are held in memory."""
 MARGIN = 96 << 20
 """What Python, torch and the kernel's own bookkeeping may still take after loading."""
@@ -67,6 +67,11 @@ class Needs:
 def pinned_bytes(index: Index) -> int:
     """Bytes of the records that are always in memory."""
     return sum(group.bytes for group in index.groups if group.name not in CACHED)
+
+
+def cached_names(index: Index) -> list[str]:
+    """The names of the groups whose records may be streamed, in the order of computation."""
+    return [group.name for group in index.first_layer if group.name in CACHED]
 
 
 def divide(

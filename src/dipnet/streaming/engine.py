@@ -69,6 +69,13 @@ def largest_record(index: Index) -> int:
     return max(group.record_bytes for group in index.groups)
 
 
+def _by_column(scales: Tensor, group: Group) -> NDArray[np.float32]:
+    """(units * columns,) scales as the store has them, record by record -> column by column."""
+    if not group.input_rows:
+        return scales.numpy()
+    return scales.view(group.units, group.columns).T.contiguous().numpy().reshape(-1)
+
+
 class Engine:
     """Multiplies masked activations with a store's records, cached and streamed.
 
@@ -129,11 +136,12 @@ class Engine:
                 record_bytes=group.record_bytes,
                 offset=group.offset,
                 group=number,
-                scale=scales[group.scale_name].numpy() if scaled else None,
+                scale=_by_column(scales[group.scale_name], group) if scaled else None,
                 slots=slots[group.layer, group.name],
                 policy=policy,
+                input_rows=group.input_rows,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise StoreError(
                 f"the scales of {group.label} in {self.folder / REST_NAME} are damaged "
                 f"({' '.join(str(error).split())[:80]}): copy the store again or pack the model "
@@ -173,6 +181,23 @@ class Engine:
         """(tokens, rows): the product with all records, when the last has come."""
         made = torch.empty(tokens, self.index.group(*key).rows)
         self._guarded(self._native.finish, made.numpy())
+        return made
+
+    def rows(self, key: Key, x: Tensor, masks: Tensor) -> Tensor:
+        """What the rows of (tokens, units) ``masks`` make of (tokens, width) ``x``, 0 elsewhere.
+
+        (tokens, input_rows * units), of a group of neurons; `columns` ends the request.
+        """
+        group = self.index.group(*key)
+        made = torch.empty(len(x), group.input_rows * group.units)
+        arguments = (self._sites[key], x.numpy(), masks.numpy(), made.numpy())
+        self._guarded(self._native.rows, *arguments)
+        return made
+
+    def columns(self, key: Key, h: Tensor) -> Tensor:
+        """(tokens, units) activations of the neurons of the last `rows` -> (tokens, width)."""
+        made = torch.empty(len(h), self.index.group(*key).rows)
+        self._guarded(self._native.columns, h.numpy(), made.numpy())
         return made
 
     def totals(self, key: Key) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dipnet.methods.base import Method
 from dipnet.models.caching import SiteCache
 from dipnet.models.masks import SiteMasks
+from dipnet.models.residual import Residual
 from dipnet.models.tokens import TokenState
 from dipnet.models.usage import Usage
 from dipnet.store.index import Group
@@ -56,24 +57,44 @@ class Masks(SiteMasks):
     """Decides the masks of one site with the engine's cache, and takes the time."""
 
     def __init__(
-        self, site: Site, method: Method, usage: Usage, cache: SiteCache, seconds: Seconds
+        self,
+        site: Site,
+        method: Method,
+        usage: Usage,
+        cache: SiteCache | None,
+        seconds: Seconds,
+        residual: Residual,
     ) -> None:
         super().__init__(site, method, usage, cache)
-        self.units = cache.cache
         self.seconds = seconds
+        self.residual = residual
 
-    def __call__(self, x: Tensor, flags: Flags) -> Tensor:
-        """(tokens, channels) -> (tokens, units) bool."""
+    def scored(self, x: Tensor) -> Tensor:
+        """What the score reads where ``x`` (tokens, channels) is the site's input: (tokens, n)."""
+        found = self.residual.known(self.site)
+        return x if found is None else found.reshape(-1, found.shape[-1])
+
+    def __call__(self, scored: Tensor, flags: Flags) -> Tensor:
+        """(tokens, n) scored activations -> (tokens, units) bool."""
         begun = time.perf_counter()
-        mask = self.decide(x, dense=flags.dense, counted=flags.counted)
+        mask = self.decide(scored, dense=flags.dense, counted=flags.counted)
         self.seconds.selection += time.perf_counter() - begun
         return mask
 
     def guess(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(1, channels) -> the (units,) mask and scores that ``x`` would give; nothing is kept."""
+        assert self.cache is not None, "what is guessed is read"
         scores = self.method.score(self.site, x)[0]
-        resident = torch.from_numpy(self.units.resident.copy())
+        resident = torch.from_numpy(self.cache.cache.resident.copy())
         return self.method.select(self.site, scores, resident), scores
+
+
+class HeadMasks(Masks):
+    """Decides which heads are kept: the input channels of the output projection that are theirs."""
+
+    def __call__(self, scored: Tensor, flags: Flags) -> Tensor:
+        """(tokens, n) scored activations -> (tokens, channels) bool."""
+        return super().__call__(scored, flags).repeat_interleave(self.site.block, dim=-1)
 
 
 @dataclass(frozen=True)
@@ -100,7 +121,6 @@ class RecordGroup:
         self.tokens = tokens
         self.masks = masks
         self.look_ahead: LookAhead | None = None
-        self._all = _everything(group.units)
         self._input: Tensor | None = None
         self._output: Tensor | None = None
         self._takers = 0
@@ -124,14 +144,19 @@ class RecordGroup:
     def product(self, x: Tensor) -> Tensor:
         """(..., channels) -> (..., rows), in pieces of `TOKENS` tokens."""
         flat = x.detach().reshape(-1, self.group.channels).float().contiguous()
-        flags = self._flags()
+        scored, flags = self._scored(flat), self._flags()
         if len(flat) <= TOKENS:
-            made = self._piece(flat, flags)
+            made = self._piece(flat, scored, flags)
         else:  # filled piece by piece: a list of them and its concatenation would be twice that
             made = torch.empty(len(flat), self.group.rows)
             for i in range(0, len(flat), TOKENS):
-                made[i : i + TOKENS] = self._piece(flat[i : i + TOKENS], flags.part(i, i + TOKENS))
+                piece = slice(i, i + TOKENS)
+                made[piece] = self._piece(flat[piece], scored[piece], flags.part(i, i + TOKENS))
         return made.view(*x.shape[:-1], self.group.rows).to(x.dtype)
+
+    def _scored(self, x: Tensor) -> Tensor:
+        """What the masks are decided on; of no meaning where none is decided."""
+        return x if self.masks is None or self.tokens.all_dense else self.masks.scored(x)
 
     def _flags(self) -> Flags:
         """The flags of the call's tokens; the head may see only the last of them."""
@@ -140,25 +165,33 @@ class RecordGroup:
         dense, counted = self.tokens.dense, self.tokens.counted
         return Flags(*(None if f is None else f.reshape(-1) for f in (dense, counted)))
 
-    def _piece(self, x: Tensor, flags: Flags) -> Tensor:
-        masks = self._masks(x, flags)
+    def _piece(self, x: Tensor, scored: Tensor, flags: Flags) -> Tensor:
+        masks = self._wanted(scored, flags)
         self.engine.begin(self.key, x, masks)
         if self.look_ahead is not None and len(x) == 1:
             self.look_ahead.during()
         return self.engine.finish(self.key, len(x))
 
-    def _masks(self, x: Tensor, flags: Flags) -> Tensor:
-        wanted = self._all[: len(x)]
+    def _wanted(self, scored: Tensor, flags: Flags) -> Tensor:
+        """(tokens, units) bool: the masks, or everything."""
+        # Of a dense prompt nothing is decided or counted, as under `sparsify`.
+        if self.masks is not None and not self.tokens.all_dense:
+            return self.masks(scored, flags)
+        everything = all_kept(len(scored), self.group.units)
         if self.masks is None:
-            self.engine.access(self.key, wanted[0].numpy())
-        elif not self.tokens.all_dense:  # else nothing is decided or counted, as under `sparsify`
-            return self.masks(x, flags)
-        return wanted
+            self.engine.access(self.key, everything[0].numpy())
+        return everything
+
+
+def all_kept(tokens: int, units: int) -> Tensor:
+    """(tokens, units) bool, all kept; one for all groups of that size where it is small."""
+    if tokens > TOKENS:
+        return torch.ones(tokens, units, dtype=torch.bool)
+    return _everything(units)[:tokens]
 
 
 @cache
 def _everything(units: int) -> Tensor:
-    """(TOKENS, units) bool, all kept; one for all groups of that size."""
     return torch.ones(TOKENS, units, dtype=torch.bool)
 
 

@@ -6,7 +6,6 @@ is left (norms, biases) is filled in. So the family's own code runs, `generate()
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -19,9 +18,9 @@ from dipnet.cache import check_policy
 from dipnet.errors import InputError
 from dipnet.methods.base import Method
 from dipnet.methods.dense import Dense
-from dipnet.methods.dip import DIP
 from dipnet.models.families import Decoder, context_length
 from dipnet.models.tokens import Prefill
+from dipnet.pack.plan import Block
 from dipnet.sim.sizes import Split
 from dipnet.store.check import check_rest
 from dipnet.store.geometry import Weights
@@ -29,13 +28,13 @@ from dipnet.store.index import REST_NAME, Index, read_index
 from dipnet.streaming.attach import Streamed, streamed
 from dipnet.streaming.budget import Needs, divide, parse_size, pinned_bytes
 from dipnet.streaming.embedding import row_embedding
-from dipnet.streaming.engine import Engine, Key, Reader, frames_size
+from dipnet.streaming.engine import Engine, Reader, frames_size
 from dipnet.streaming.keys import reserve_keys
 from dipnet.streaming.linear import TOKENS
+from dipnet.streaming.methods import densities, fitted_method, unit_for
 from dipnet.streaming.packed import Progress, store_of
 from dipnet.streaming.plan import Plan, Settings, open_plan
 from dipnet.streaming.stats import Stats, process_bytes
-from dipnet.units import ModelSpec
 
 DEFAULT_CONTEXT = 1024
 """Tokens of the longest sequence that memory is kept for, unless the caller says more."""
@@ -61,8 +60,9 @@ def load(
     """A causal LM that decodes with ``method`` (None: dense) from the store at ``path``.
 
     With ``weights`` (int4, int8 or bf16) ``path`` may also be a checkpoint, a hub id or a bundled
-    model: it is packed once, into ~/.cache/dipnet or $DIPNET_CACHE, and runs from there;
-    ``progress`` is called with the bytes written so far and in all.
+    model: it is packed once, into ~/.cache/dipnet or $DIPNET_CACHE, and runs from there, in columns
+    or whole neurons as the method wants it; ``progress`` is called with the bytes written so far
+    and in all.
 
     ``memory`` ("4GiB" or bytes) bounds the whole process: what is not taken by the interpreter,
     by the weights that are always in memory (attention, head), by keys and values for ``context``
@@ -88,7 +88,8 @@ def load(
         raise InputError("give either memory (of the whole process) or cache (of the records)")
     sizes = {"memory": how.memory, "cache": how.cache}
     bounds = {name: parse_size(size) for name, size in sizes.items() if size is not None}
-    folder = store_of(path, how.weights, progress, planned.block if planned else "auto")
+    block: Block = planned.block if planned else "auto"
+    folder = store_of(path, how.weights, progress, block, unit_for(how.method))
     index = read_index(folder)
     if planned is not None:
         planned.check_store(index, path)
@@ -152,9 +153,14 @@ def _work(index: Index, tokens: int) -> int:
     bytes of tables, a channel 4 of its scale's copy.
     """
     piece = max(TOKENS * (25 * g.outputs + 12 * g.rows + 16 * g.channels) for g in index.groups)
-    reads = index.group(0, "mlp.in")
-    tables = sum(70 * group.units + 4 * group.channels for group in index.groups)
-    return piece + 4 * tokens * (2 * reads.rows + 8 * reads.channels) + tables
+    tables = sum(70 * group.units + 4 * group.units * group.columns for group in index.groups)
+    mlp = index.neurons
+    gated = any("gate" in group.matrices for group in index.first_layer)
+    made = mlp.channels * (2 if gated else 1)
+    whole = 0
+    if index.unit == "neuron":
+        whole = mlp.units * mlp.stride + tokens * (2 * mlp.units + 8 * mlp.outputs)
+    return piece + 4 * tokens * (2 * made + 8 * mlp.rows) + tables + whole
 
 
 def measured_needs(path: str | Path, context: int | None = None) -> Needs:
@@ -166,54 +172,6 @@ def measured_needs(path: str | Path, context: int | None = None) -> Needs:
     index = read_index(folder)
     model, _scales = _skeleton(folder)
     return needs(index, model, Reader(), _context(model, context))
-
-
-def densities(method: Method, index: Index, spec: ModelSpec) -> dict[Key, float]:
-    """The share of each group's records that a token wants."""
-    found: dict[Key, float] = {group.key: 1.0 for group in index.groups}
-    return found | {(site.layer, site.name): site.density for site in method.sites(spec)}
-
-
-def fitted_method(method: Method, index: Index, spec: ModelSpec) -> Method:
-    """The method as it runs on a store: with its blocks, and checked against its records."""
-    if not isinstance(method, Method):
-        raise InputError(f"method is a method such as dipnet.DIP(density=0.5), not {method!r}")
-    block = index.group(0, "mlp.hidden").block
-    if isinstance(method, DIP) and method.hidden_block is None and block > 1:
-        method = dataclasses.replace(method, hidden_block=block)
-    method.check(spec)
-    for site in method.sites(spec):
-        known = [name for _, name in (g.key for g in index.groups if g.layer == 0)]
-        group = index.group(site.layer, site.name) if site.name in known else None
-        matrices = tuple(operand.matrix for operand in site.operands)
-        if group is None or tuple(group.matrices) != matrices or site.scored_on in ("gate", "up"):
-            raise InputError(
-                f"{method.name} cannot run from a store: its masks at {site.name} thin "
-                f"{', '.join(matrices)} by neurons, and a store holds columns of input channels; "
-                "methods that can: dense, dip, teal, glu"
-            )
-        if group.block != site.block:
-            raise InputError(
-                f"the records of {site.name} hold blocks of {group.block} channels and the method "
-                f"decides about {site.block}: leave out hidden_block, or pack with --block "
-                f"{site.block}"
-            )
-    if any(method.weight_mask(0, matrix) is not None for matrix in spec.matrices):
-        raise InputError(f"{method.name} changes the weights: apply it before packing")
-    return method.prepare(_NoWeights(method.name), spec)
-
-
-class _NoWeights:
-    """What a method that wants to read the weights is told."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def matrix(self, _layer: int, _name: str) -> Tensor:
-        raise InputError(
-            f"{self._name} reads all weights to prepare itself, and a streamed model never holds "
-            "them: use dip, or evaluate it on the checkpoint"
-        )
 
 
 def _context(model: PreTrainedModel, asked: int | None) -> int:

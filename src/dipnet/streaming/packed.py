@@ -16,8 +16,8 @@ from dipnet.pack.checkpoint import Checkpoint
 from dipnet.pack.packing import pack
 from dipnet.pack.plan import Block
 from dipnet.registry import unknown
-from dipnet.store.geometry import WEIGHTS, Weights
-from dipnet.store.index import INDEX_NAME, RECORDS_NAME, VERSION, Index, read_index
+from dipnet.store.geometry import WEIGHTS, Unit, Weights
+from dipnet.store.index import INDEX_NAME, RECORDS_NAME, VERSIONS, Index, read_index
 
 Progress = Callable[[int, int], object]
 
@@ -36,7 +36,11 @@ def cache_folder() -> Path:
 
 
 def packed(
-    name: str, weights: Weights, progress: Progress | None = None, block: Block = "auto"
+    name: str,
+    weights: Weights,
+    progress: Progress | None = None,
+    block: Block = "auto",
+    unit: Unit = "column",
 ) -> Path:
     """The store of the checkpoint ``name`` in the cache folder; packed there when it is not yet.
 
@@ -45,19 +49,20 @@ def packed(
     """
     if weights not in WEIGHTS:
         raise unknown("kind of weights", weights, WEIGHTS)
-    usual = cache_folder() / _folder_name(name, weights)
+    usual = cache_folder() / _folder_name(name, weights, unit)
     if block == "auto" or (usual.exists() and block_of(read_index(usual)) == block):
         folder = usual
     else:
         folder = usual.with_name(f"{usual.name}-b{block}")
     if not folder.exists():
-        pack(name, make_folder(folder.parent) / folder.name, weights, block, progress=progress)
+        made = make_folder(folder.parent) / folder.name
+        pack(name, made, weights, block, progress=progress, unit=unit)
     return folder
 
 
 def block_of(index: Index) -> int:
     """The neurons of a record."""
-    return index.group(0, "mlp.hidden").block
+    return index.neurons.block
 
 
 def store_of(
@@ -65,6 +70,7 @@ def store_of(
     weights: Weights | None,
     progress: Progress | None = None,
     block: Block = "auto",
+    unit: Unit = "column",
 ) -> Path:
     """The store that a model runs from: ``name`` itself, or the packed form of a checkpoint.
 
@@ -73,7 +79,9 @@ def store_of(
     """
     if not is_store(name):
         # What is no store and shall not be packed is the index's to explain.
-        return Path(name) if weights is None else packed(str(name), weights, progress, block)
+        if weights is None:
+            return Path(name)
+        return packed(str(name), weights, progress, block, unit)
     if weights is not None and read_index(name).weights != weights:
         raise InputError(
             f"the store {str(name)!r} holds its weights as {read_index(name).weights}: ask for "
@@ -82,17 +90,17 @@ def store_of(
     return Path(name)
 
 
-def _folder_name(name: str, weights: Weights) -> str:
+def _folder_name(name: str, weights: Weights, unit: Unit) -> str:
     """What a packed model is called in the cache: like the hub's folders, for people to read."""
     if (
         name not in DEMO_MODELS
         and not Path(name).exists()
         and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
     ):
-        return f"models--{name.replace('/', '--')}--{weights}-v{VERSION}"
+        return f"models--{name.replace('/', '--')}--{weights}-v{VERSIONS[unit]}"
     checkpoint = Checkpoint(name)
     known = json.dumps([str(checkpoint.folder.resolve()), checkpoint.fingerprint()])
     digest = hashlib.sha256(known.encode()).hexdigest()[:12]
     readable = re.sub(r"[^\w.-]+", "-", checkpoint.folder.resolve().name)
     label = name if name in DEMO_MODELS else f"folder--{readable}"
-    return f"{label}--{digest}--{weights}-v{VERSION}"
+    return f"{label}--{digest}--{weights}-v{VERSIONS[unit]}"

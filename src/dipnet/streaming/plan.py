@@ -52,16 +52,12 @@ class Identity(BaseModel):
     @classmethod
     def of(cls, index: Index) -> Self:
         """The identity of a store's model."""
-        groups = [*index.groups[:4], index.groups[-1]]
+        groups = [*index.first_layer, index.groups[-1]]
         return cls(
             source=index.source,
             family=index.family,
             layers=index.layers,
-            matrices={
-                name: (rows, group.channels)
-                for group in groups
-                for name, rows in group.matrices.items()
-            },
+            matrices={name: group.shape(name) for group in groups for name in group.matrices},
             rest_sha256=index.rest_sha256,
         )
 

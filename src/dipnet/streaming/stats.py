@@ -33,7 +33,8 @@ class SiteStats:
     """Units wanted by tokens of one kind of site, over all layers, and what became of them.
 
     ``hits`` and ``misses`` are the cache's; ``read`` counts records that a request read, and
-    ``guessed`` those read ahead, of which ``useful`` were wanted.
+    ``guessed`` those read ahead, of which ``useful`` were wanted; of these, ``early``
+    had arrived when they were asked for.
     """
 
     hits: int
@@ -41,6 +42,7 @@ class SiteStats:
     read: int
     guessed: int
     useful: int
+    early: int
 
     def since(self, earlier: SiteStats) -> SiteStats:
         """What was counted after ``earlier``."""
@@ -148,7 +150,7 @@ def _sum(totals: Mapping[Key, Mapping[str, Any]], name: str) -> float:
 
 def _by_site(totals: Mapping[Key, Mapping[str, Any]]) -> dict[str, SiteStats]:
     names = dict.fromkeys(name for _, name in totals)
-    counts = ("hits", "misses", "read", "guessed", "useful")
+    counts = ("hits", "misses", "read", "guessed", "useful", "early")
     return {
         name: SiteStats(*(sum(t[c] for key, t in totals.items() if key[1] == name) for c in counts))
         for name in names

@@ -36,7 +36,7 @@ def refused(model: PreTrainedModel, method: Any, message: str) -> None:
     """Not by name, and "auto" takes the reference."""
     with pytest.raises(BackendError, match=message) as error:
         dipnet.sparsify(model, method, backend="skip")
-    assert str(error.value).endswith("there are: auto, reference, skip")
+    assert str(error.value).endswith("there are: auto, reference, skip, gpu")
     with dipnet.sparsify(model, method):
         decode(model, tokens(1, 4))
         assert not dipnet.usage(model).gathered
@@ -72,7 +72,7 @@ def test_families_whose_keys_are_not_known(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_no_such_backend() -> None:
-    with pytest.raises(BackendError, match="no backend 'fast'; there are: auto, reference, skip"):
+    with pytest.raises(BackendError, match="no backend 'fast'; there are: auto, reference, skip, gpu"):
         dipnet.sparsify(shared("llama"), dipnet.DIP(0.5), backend="fast")
 
 

@@ -18,10 +18,9 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from dipnet.errors import BackendError, InputError
 from dipnet.methods.base import Method, TopK
 from dipnet.models.families import Decoder
-from dipnet.models.skipping.base import BACKENDS, Deciding, Skipping
+from dipnet.models.skipping.base import Deciding, Skipping
 from dipnet.models.skipping.heads import HeadSkip
 from dipnet.models.skipping.neurons import NeuronSkip
 from dipnet.units import Site
@@ -37,28 +36,6 @@ KINDS = {"mlp.neuron": NeuronSkip, "attn.head": HeadSkip}
 def attach_skip(skipping: Skipping, mask: Deciding) -> list[Callable[[], None]]:
     """Skip what a site's mask drops; returns what undoes it."""
     return KINDS[mask.site.name](skipping, mask).attach()
-
-
-def choose_skip(
-    backend: str, decoder: Decoder, method: Method, sites: Sequence[Site], kept_inputs: int
-) -> bool:
-    """Whether a backend's name means to skip, on that model with that method.
-
-    "auto" does on a CPU: on a GPU, what plain torch gathers takes longer than the whole product.
-
-    Raises BackendError when it is "skip" and that is impossible, or no name of a backend, and
-    InputError when ``kept_inputs`` is no number of tokens.
-    """
-    if type(kept_inputs) is not int or kept_inputs < 1:
-        raise InputError(f"kept_inputs is a number of tokens from 1 up, not {kept_inputs!r}")
-    if backend not in BACKENDS:
-        raise BackendError(f"no backend {backend!r}; there are: {', '.join(BACKENDS)}")
-    if backend == "reference" or (backend == "auto" and decoder.model.device.type != "cpu"):
-        return False
-    reason = why_not(decoder, method, sites)
-    if backend == "skip" and reason:
-        raise BackendError(f"backend 'skip' {reason}; there are: {', '.join(BACKENDS)}")
-    return not reason
 
 
 def why_not(decoder: Decoder, method: Method, sites: Sequence[Site]) -> str | None:

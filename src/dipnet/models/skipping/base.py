@@ -16,7 +16,7 @@ from dipnet.models.tokens import TokenState
 from dipnet.models.usage import Usage
 from dipnet.units import Site, kept_units
 
-BACKENDS = ("auto", "reference", "skip")
+BACKENDS = ("auto", "reference", "skip", "gpu")
 
 
 class Deciding(Protocol):

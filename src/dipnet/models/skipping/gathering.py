@@ -15,7 +15,7 @@ from torch.nn import functional
 AT_ONCE = ("cpu",)
 """Devices that compute at once: nothing waits when they are asked for a number."""
 PIECE_BYTES = 1 << 20
-"""Weights that a CPU copies and multiplies at a time: they should stay in its cache between."""
+"""Weights that a core copies and multiplies at a time: they should stay in its cache between."""
 
 
 def kept_indices(mask: Tensor, most: int) -> Tensor:
@@ -53,10 +53,13 @@ def rows_product(
 def columns_product(x: Tensor, columns: Tensor, index: Tensor, block: int) -> Tensor:
     """(..., kept * block) -> (..., outputs): the blocks of (n * block, outputs) at ``index``."""
     if block == 1 and x.numel() == len(index) and x.device.type == "cpu":
-        # one token: added up where the columns lie, without a copy of them
-        flat = x.reshape(1, -1)
-        summed = functional.embedding_bag(index[None], columns, per_sample_weights=flat, mode="sum")
-        return summed.view(*x.shape[:-1], -1)
+        # one token: added up where the columns lie, without a copy of them; a bag for each thread
+        size = max(1, -(-len(index) // torch.get_num_threads()))
+        bags = torch.arange(0, len(index), size)
+        summed = functional.embedding_bag(
+            index, columns, bags, per_sample_weights=x.flatten(), mode="sum"
+        )
+        return summed.sum(dim=0).view(*x.shape[:-1], -1)
     pieces = _pieces(index, columns, block)
     parts = x.split([len(piece) * block for piece in pieces], dim=-1)
     made = [
@@ -70,7 +73,8 @@ def _pieces(index: Tensor, weight: Tensor, block: int) -> Sequence[Tensor]:
     """An index in pieces whose copies stay in a CPU's cache; whole where nothing is copied."""
     if weight.device.type != "cpu" or len(index) * block == len(weight):
         return (index,)
-    return index.split(max(1, PIECE_BYTES // (block * weight[0].nbytes)))
+    size = PIECE_BYTES * torch.get_num_threads()
+    return index.split(max(1, size // (block * weight[0].nbytes)))
 
 
 class Columns:
