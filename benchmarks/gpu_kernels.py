@@ -1,0 +1,114 @@
+"""The GPU kernels against PyTorch's on the shapes of large models, one token, float16.
+
+    python benchmarks/gpu_kernels.py
+
+Medians over replays of CUDA graphs, with weights taken in turn from more than a gigabyte. The
+physical limit of a row is the time to read the kept weights once, at the bandwidth of a large sum
+in the same run. Prints a table and ends with one JSON line.
+"""
+
+import json
+
+import torch
+from gpu_timing import DEVICE, LISTS, graph_us, in_turn, lists, read_bandwidth
+from torch import Tensor
+from torch.nn import functional
+
+from dipnet.kernels import gpu
+
+HALF = torch.float16
+SHAPES = [(4096, 14336), (14336, 4096), (12288, 49152), (49152, 12288)]
+TEAL_SHAPES = [(5120, 17920), (7168, 28672)]
+"""Those of the published kernel's rows that are not among SHAPES."""
+DENSITIES = (0.5, 0.25, 0.1)
+UNITS = (4096, 5120, 7168, 12288, 14336, 17920, 28672, 49152)
+MLP = (4096, 14336)
+
+
+def random(*shape: int) -> Tensor:
+    """Normally distributed float16 numbers."""
+    return torch.empty(shape, device=DEVICE, dtype=HALF).normal_()
+
+
+def row(name: str, us: float, dense: float, limit: float) -> dict[str, float | str]:
+    """One line of the table, in microseconds; printed at once."""
+    share = limit / us
+    print(f"{name:44s} {us:8.2f} {dense:8.2f} {dense / us:7.2f} {limit:8.2f} {share:7.0%}")
+    return {"what": name, "us": us, "dense_us": dense, "speedup": dense / us, "share": share}
+
+
+def products(inputs: int, outputs: int, bandwidth: float) -> list[dict[str, float | str]]:
+    """Gathered input channels, then gathered output rows, against a dense linear layer."""
+    weights, x, found = in_turn(lambda: random(inputs, outputs)), random(1, inputs), []
+    count, launches = len(weights), max(4, 2 * len(weights))
+    dense_weights = [weight.view(outputs, inputs) for weight in weights]
+    dense = graph_us(lambda i: functional.linear(x, dense_weights[i % count]), launches)
+    for density in DENSITIES:
+        for name, units in (("columns", inputs), ("rows", outputs)):
+            kept = round(density * units)
+            index = lists(units, kept)
+            limit = kept * 2 * inputs * outputs / units / bandwidth * 1e6
+
+            def run(i: int, name: str = name, index: list[Tensor] = index) -> Tensor:
+                if name == "columns":
+                    return gpu.columns_product(x, index[i % LISTS], weights[i % count])
+                return gpu.rows_product(x, index[i % LISTS], dense_weights[i % count])
+
+            us = graph_us(run, launches)
+            found.append(row(f"{name}, {inputs} to {outputs}, {density:.0%}", us, dense, limit))
+    return found
+
+
+def selections() -> list[dict[str, float | str]]:
+    """Exact top-k of magnitudes, half of them, against torch.topk."""
+    found = []
+    for n in UNITS:
+        scores = [random(1, n) for _ in range(4)]
+        us = graph_us(lambda i, s=scores, n=n: gpu.topk_indices(s[i % 4], n // 2), 40)
+        theirs = graph_us(lambda i, s=scores, n=n: s[i % 4].abs().topk(n // 2), 40)
+        found.append(row(f"top-k indices, n = {n}", us, theirs, float("nan")))
+    return found
+
+
+def mlp(bandwidth: float) -> list[dict[str, float | str]]:
+    """Select, gate and up, select, down: against the dense MLP, compiled."""
+    width, neurons = MLP
+    gates, ups = (in_turn(lambda: random(width, neurons) / 64) for _ in range(2))
+    downs, xs = in_turn(lambda: random(neurons, width) / 64), [random(1, width) for _ in range(4)]
+    count = len(downs)
+
+    def sparse(i: int) -> Tensor:
+        x, j = xs[i % 4], i % count
+        kept = gpu.topk_indices(x, width // 2)
+        hidden = gpu.gated_columns(x, kept, gates[j], ups[j], "silu")
+        kept = gpu.topk_indices(hidden, neurons // 2)
+        return gpu.columns_product(hidden, kept, downs[j])
+
+    @torch.compile
+    def dense(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        hidden = functional.silu(functional.linear(x, gate)) * functional.linear(x, up)
+        return functional.linear(hidden, down)
+
+    turned = [
+        (gate.view(neurons, width), up.view(neurons, width), down.view(width, neurons))
+        for gate, up, down in zip(gates, ups, downs, strict=True)
+    ]
+    dense_us = graph_us(lambda i: dense(xs[i % 4], *turned[i % count]), 2 * count)
+    limit = 3 * width * neurons / bandwidth * 1e6
+    return [row("MLP 4096, 14336, 50%", graph_us(sparse, 2 * count), dense_us, limit)]
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    bandwidth = read_bandwidth()
+    print(f"{torch.cuda.get_device_name()}: reads {bandwidth / 1e9:.0f} GB/s")
+    print(f"{'':44s} {'us':>8s} {'PyTorch':>8s} {'faster':>7s} {'limit':>8s} {'share':>7s}")
+    rows = mlp(bandwidth) + selections()
+    for inputs, outputs in SHAPES + TEAL_SHAPES:
+        rows += products(inputs, outputs, bandwidth)
+    named = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    print(json.dumps(named | {"bandwidth_GBps": bandwidth / 1e9, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

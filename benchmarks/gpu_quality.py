@@ -1,0 +1,110 @@
+"""Perplexity through the GPU's kernels, token by token, against the reference's masks.
+
+    python benchmarks/gpu_quality.py [--windows 32] [--dtype float32]
+
+The bundled demo models read windows of the bundled held-out text: the reference whole windows at a
+time, our decode loop one token after the other. Where two scores are all but equal, another order
+of a sum can keep another unit, and every later token of that window differs a little; so it takes
+many windows. The weights read are compared too. Ends with one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from timing import json_line, print_table
+from torch import Tensor
+from torch.nn import functional
+
+import dipnet
+from dipnet.eval.texts import bundled_text, tokenize
+from dipnet.models.attach import ATTACHED
+
+WINDOW = 256
+CALIBRATION = 4096
+MODELS = ("demo-swiglu", "demo-relu")
+
+
+def methods(model: Any, tokens: Tensor) -> Iterator[Any]:
+    """What decodes on a GPU, of every kind of mask."""
+    fitted = dipnet.fit_predictors(model, tokens, window=128, epochs=1, rank=64)
+    yield dipnet.DejaVu(0.3, 0.5, predictors=fitted)
+    yield dipnet.DIP(0.5, attention_density=0.5)
+    yield dipnet.calibrate(model, dipnet.TEAL(0.6), tokens)
+    if dipnet.describe(model).gated:
+        yield dipnet.GatePruning(0.5)
+        yield dipnet.calibrate(model, dipnet.CATS(0.5), tokens)
+    yield dipnet.Dense()
+
+
+@torch.no_grad()
+def by_reference(model: Any, window: Tensor) -> Tensor:
+    """(n,) tokens -> (n - 1,) losses of all but the first."""
+    logits = model(window[None], use_cache=False).logits[0, :-1]
+    return functional.cross_entropy(logits.float(), window[1:], reduction="none")
+
+
+@torch.no_grad()
+def by_loop(model: Any, window: Tensor) -> Tensor:
+    """The same, from the loop's logits of one token after the other."""
+    replay = getattr(model, ATTACHED).decoding.replay(len(window))
+    replay.begin()
+    replay.prompt_ended(0)
+    made = [replay.run(token).clone() for token in window[:-1, None]]
+    return functional.cross_entropy(torch.cat(made).float(), window[1:], reduction="none")
+
+
+def measured(model: Any, method: Any, windows: list[Tensor], backend: str) -> tuple[float, float]:
+    """Perplexity, and the share of all weights that was read for a token."""
+    losses = by_loop if backend == "gpu" else by_reference
+    with dipnet.sparsify(model, method, backend=backend):
+        mean = torch.cat([losses(model, window) for window in windows]).double().mean()
+        return math.exp(float(mean)), dipnet.usage(model).density().total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", action="append", choices=MODELS)
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    args = parser.parse_args()
+    rows = []
+    for name in args.model or MODELS:
+        loaded = dipnet.load_model(name, device="cuda", dtype=args.dtype)
+        model = loaded.model
+        fitting = tokenize(loaded.tokenizer, bundled_text("calibration").content)[:CALIBRATION]
+        text = tokenize(loaded.tokenizer, bundled_text("heldout").content).to(model.device)
+        windows = list(text[: args.windows * WINDOW].split(WINDOW))
+        for method in methods(model, fitting.to(model.device)):
+            reference, share = measured(model, method, windows, "reference")
+            found, found_share = measured(model, method, windows, "gpu")
+            row = {"model": name, "method": method.name, "reference": reference, "gpu": found}
+            rows.append(row | {"share": share, "gpu_share": found_share})
+            print(f"{name} {method.name}: {reference:.4f} {found:.4f}", flush=True)
+    header = ["", "reference", "gpu", "difference", "weights read", "gpu's"]
+    print_table(
+        header,
+        [
+            [
+                f"{row['model']} {row['method']}",
+                f"{row['reference']:.4f}",
+                f"{row['gpu']:.4f}",
+                f"{row['gpu'] / row['reference'] - 1:+.4%}",
+                f"{row['share']:.5f}",
+                f"{row['gpu_share']:.5f}",
+            ]
+            for row in rows
+        ],
+    )
+    worst = max(abs(row["gpu"] / row["reference"] - 1) for row in rows)
+    print(f"largest difference {worst:.4%} (at most 0.1 % wanted)")
+    result = {"dtype": args.dtype, "windows": args.windows, "window": WINDOW, "rows": rows}
+    print(json_line(result | {"gpu": torch.cuda.get_device_name(), "largest_difference": worst}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The fastest cut of each product of kernels/gpu/tiles.py on this GPU, among many.
+
+    python benchmarks/tune_gpu_kernels.py [--seconds S] [--jobs N]
+
+Prints the tables of that file, and ends with one JSON line. `--seconds` is the limit for one
+product; what was not tried then is left out, and said. Kernels are compiled by N processes before.
+"""
+
+import argparse
+import itertools
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from gpu_timing import DEVICE, LISTS, graph_us, in_turn, lists
+from torch import Tensor
+
+from dipnet.kernels.gpu import tiles
+from dipnet.kernels.gpu.columns import columns
+from dipnet.kernels.gpu.integers import integer_columns
+from dipnet.kernels.gpu.tiles import ColumnsTile, Product
+from dipnet.kernels.gpu.weights import Weight
+from dipnet.kernels.reference import row_bytes
+
+INPUTS = {
+    Product(1, 16, 14336, 2048): 4096,
+    Product(1, 16, 14336, 410): 4096,
+    Product(1, 16, 4096, 7168): 14336,
+    Product(1, 16, 4096, 1434): 14336,
+    Product(1, 16, 4096, 2048): 4096,
+    Product(1, 16, 6144, 2048): 4096,
+    Product(1, 16, 7168, 2867): 28672,
+    Product(1, 16, 7168, 3584): 7168,
+    Product(1, 16, 49152, 6144): 12288,
+    Product(1, 16, 49152, 1229): 12288,
+    Product(1, 16, 12288, 24576): 49152,
+    Product(1, 16, 12288, 4915): 49152,
+    Product(2, 16, 14336, 2048): 4096,
+    Product(2, 16, 14336, 410): 4096,
+    Product(1, 8, 14336, 2048): 4096,
+    Product(1, 8, 4096, 7168): 14336,
+    Product(1, 4, 14336, 2048): 4096,
+    Product(1, 4, 4096, 7168): 14336,
+}
+"""The products of columns that are tuned, and the input channels of each."""
+
+
+def candidates(product: Product) -> Iterator[ColumnsTile]:
+    """Cuts with enough programs for the GPU, and work for each of their threads."""
+    multiprocessors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    integer = product.bits < 16
+    sizes = (8, 16) if integer else (32, 64, 128)
+    reads = (2, 4) if integer or product.matrices == 2 else (4, 8)
+    width = product.width * product.bits // 32 if integer else product.width
+    for weights, parts, warps, ahead in itertools.product(sizes, (1, 2, 4, 8), (4, 8), reads):
+        tile = ColumnsTile(weights, parts, warps, ahead)
+        programs = -(-width // weights) * parts
+        units = ahead * tile.group(4 if integer else 2)
+        filled = product.kept / parts >= units / 2
+        if programs >= multiprocessors / 2 and filled:
+            yield tile
+
+
+def matrices(product: Product, inputs: int) -> list[Weight]:
+    """Random weights, taken in turn."""
+    if product.bits == 16:
+        shape = inputs, product.width
+        made = in_turn(lambda: torch.empty(shape, device=DEVICE, dtype=torch.float16).normal_())
+        return [Weight.of(data) for data in made]
+    kind, scales = f"int{product.bits}", torch.rand(inputs, device=DEVICE)
+    size = inputs, row_bytes(kind, product.width)
+    made = in_turn(lambda: torch.randint(255, size, device=DEVICE, dtype=torch.uint8))
+    return [Weight(data, scales, kind, product.width) for data in made]
+
+
+def caller(
+    product: Product, x: Tensor, index: list[Tensor], weights: list[Weight]
+) -> Callable[[int, ColumnsTile], Tensor]:
+    """The product with the i-th list and the i-th weights, cut as said."""
+
+    def run(i: int, tile: ColumnsTile) -> Tensor:
+        first = i * product.matrices
+        used = [weights[(first + j) % len(weights)] for j in range(product.matrices)]
+        if product.bits < 16:
+            return integer_columns(x, index[i % LISTS], tuple(used), tile)
+        data = tuple(weight.data for weight in used)
+        return columns(x, index[i % LISTS], data, product.width, tile, activation="silu")
+
+    return run
+
+
+def tuned(product: Product, inputs: int, seconds: float) -> list[tuple[float, ColumnsTile]]:
+    """Microseconds of each cut that was tried, the fastest first."""
+    weights, index = matrices(product, inputs), lists(inputs, product.kept)
+    x = torch.randn(1, inputs, device=DEVICE, dtype=torch.float16)
+    run, end, found = caller(product, x, index, weights), time.monotonic() + seconds, []
+    tried = list(candidates(product))
+    random.Random(0).shuffle(tried)
+    for tile in tried:
+        if time.monotonic() > end:
+            print(f"# {product}: {len(tried) - len(found)} of {len(tried)} cuts were not tried")
+            break
+        found.append((graph_us(lambda i, tile=tile: run(i, tile), max(4, len(weights))), tile))
+    return sorted(found)
+
+
+def compile_share(job: int, jobs: int) -> None:
+    """Compile every jobs-th kernel, for the processes that come after."""
+    x = torch.randn(1, 64, device=DEVICE, dtype=torch.float16)
+    index = torch.arange(16, device=DEVICE, dtype=torch.int32)[None]
+    for product in kinds():
+        weights = [matrix(product) for _ in range(product.matrices)]
+        run = caller(product._replace(width=4096), x, [index] * LISTS, weights)
+        for tile in list(candidates(product))[job::jobs]:
+            run(0, tile)
+
+
+def kinds() -> list[Product]:
+    """Products that want kernels of their own: the cuts of the largest one serve all sizes."""
+    return [Product(m, bits, 65536, 65536) for m, bits in ((1, 16), (2, 16), (1, 8), (1, 4))]
+
+
+def matrix(product: Product) -> Weight:
+    """A small weight of a kind."""
+    if product.bits == 16:
+        return Weight.of(torch.randn(64, 4096, device=DEVICE, dtype=torch.float16))
+    kind = f"int{product.bits}"
+    data = torch.zeros(64, row_bytes(kind, 4096), device=DEVICE, dtype=torch.uint8)
+    return Weight(data, torch.rand(64, device=DEVICE), kind, 4096)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--jobs", type=int, default=8)
+    parser.add_argument("--job", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job is not None:
+        compile_share(args.job, args.jobs)
+        return
+    again = [sys.executable, *sys.argv, "--jobs", str(args.jobs), "--job"]
+    for process in [subprocess.Popen([*again, str(job)]) for job in range(args.jobs)]:
+        process.wait()
+    report = {}
+    print("COLUMNS = {")
+    for product, inputs in INPUTS.items():
+        found = tuned(product, inputs, args.seconds)
+        report[str(tuple(product))] = [(round(us, 2), tuple(tile)) for us, tile in found[:5]]
+        read = product.matrices * product.kept * product.width * product.bits / 8
+        us, tile = found[0]
+        print(f"    {product!r}: {tile!r},  # {us:.2f} us, {read / us / 1e3:.0f} GB/s")
+    print("}")
+    assert set(tiles.COLUMNS) <= set(INPUTS), "a table's product is not tuned any more"
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Selection of units: selection.cu where thread blocks form clusters, else Triton's kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dipnet.kernels.gpu import compaction, nvrtc
+from dipnet.kernels.gpu.common import HOPPER, INTERPRETED
+from dipnet.kernels.gpu.tiles import Cut, cut_of
+
+SOURCE, KERNEL = "selection.cu", "select_units"
+KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+
+
+def topk_indices(scores: Tensor, k: int, magnitude: bool, factor: Tensor | None) -> Tensor:
+    """(batch, n) floating -> (batch, k) int32, ascending."""
+    if not (k and len(scores)):
+        return scores.new_empty(len(scores), k, dtype=torch.int32)
+    if not _clusters(scores):
+        return compaction.select_topk(scores, k, magnitude, factor, mask=False)
+    index = scores.new_empty(len(scores), k, dtype=torch.int32)
+    select(cut_of(scores.shape[1]), scores, magnitude, factor=factor, index=index, k=k)
+    return index
+
+
+def topk_mask(scores: Tensor, k: int, magnitude: bool, factor: Tensor | None) -> Tensor:
+    """(batch, n) floating -> (batch, n) bool."""
+    if k == 0 or scores.numel() == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    if not _clusters(scores):
+        return compaction.select_topk(scores, k, magnitude, factor, mask=True)
+    mask = scores.new_empty(scores.shape, dtype=torch.bool)
+    select(cut_of(scores.shape[1]), scores, magnitude, factor=factor, mask=mask, k=k)
+    return mask
+
+
+def threshold_indices(x: Tensor, threshold: Tensor, magnitude: bool) -> tuple[Tensor, Tensor]:
+    """(batch, n) and (1,) -> (batch, n) int32, ascending, and the (batch,) int32 valid ones."""
+    if x.numel() == 0 or not _clusters(x):
+        return compaction.select_above(x, threshold, magnitude)
+    index = x.new_empty(x.shape, dtype=torch.int32)
+    count = x.new_empty(len(x), dtype=torch.int32)
+    cut = cut_of(x.shape[1])
+    select(cut, x, magnitude, threshold=threshold, index=index, count=count)
+    return index, count
+
+
+def union_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(batch, n) bool -> (n,) int32, ascending, and the (1,) int32 valid ones."""
+    return compaction.select_union(mask)
+
+
+def _clusters(scores: Tensor) -> bool:
+    if INTERPRETED or not nvrtc.available():
+        return False
+    return torch.cuda.get_device_capability(scores.device) >= HOPPER
+
+
+def select(
+    cut: Cut,
+    scores: Tensor,
+    magnitude: bool,
+    *,
+    k: int = 0,
+    factor: Tensor | None = None,
+    threshold: Tensor | None = None,
+    index: Tensor | None = None,
+    count: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> None:
+    """Launch the kernel: ``index`` (and ``count``) or ``mask`` are written."""
+    batch, n = scores.shape
+    scores = scores.contiguous()
+    aligned = n % cut.each == 0 and scores.data_ptr() % 16 == 0
+    macros = {
+        "KIND": KINDS[scores.dtype],
+        "MAGNITUDE": magnitude,
+        "FACTOR": factor is not None,
+        "ABOVE": threshold is not None,
+        "MASK": mask is not None,
+        "VECTOR": aligned,
+        "BLOCKS": cut.blocks,
+        "THREADS": cut.threads,
+        "EACH": cut.each,
+    }
+    numbers = tuple((name, int(value)) for name, value in macros.items())
+    kernel = nvrtc.function(SOURCE, KERNEL, scores.device, numbers)
+    given = (scores, factor, threshold, index, count, mask, n, k)
+    nvrtc.launch(kernel, (cut.blocks, batch), cut.threads, given)

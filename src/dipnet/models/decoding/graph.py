@@ -1,0 +1,78 @@
+"""A token's step, captured once and replayed for every token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import StaticCache
+
+from dipnet.models.decoding.blocks import Block
+from dipnet.models.decoding.counts import StepCounts
+from dipnet.models.decoding.token import TokenStep
+from dipnet.models.families import Decoder
+
+LENGTHS = 256
+"""A cache's length is a multiple of it, so that a longer text seldom needs another graph."""
+
+
+class Replay:
+    """A static cache for one sequence, and the step that decodes on it: a CUDA graph on a GPU."""
+
+    def __init__(
+        self, decoder: Decoder, blocks: list[Block], counts: StepCounts, length: int, ring: int
+    ) -> None:
+        self.length = length
+        self.counts = counts
+        self.cache = _cache(decoder, length)
+        self.step = TokenStep(decoder, blocks, counts, self.cache, ring)
+        self.logits: Tensor | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if decoder.model.device.type == "cuda":
+            counts.alive.zero_()  # what follows is no token of any text
+            self._capture()
+
+    def begin(self) -> StaticCache:
+        """The cache, empty, for the prompt."""
+        self.cache.reset()
+        return self.cache
+
+    def prompt_ended(self, tokens: int) -> None:
+        """The cache holds so many tokens."""
+        self.step.prompt_ended(tokens)
+
+    def run(self, token: Tensor, alive: Tensor | None = None) -> Tensor:
+        """The (1, vocabulary) logits after a (1,) token; overwritten by the next call.
+
+        Where (1,) ``alive`` is given and False, nothing of the token is counted.
+        """
+        self.step.token.copy_(token)
+        if alive is None:
+            self.counts.alive.fill_(1)
+        else:
+            self.counts.alive.copy_(alive)
+        if self.graph is None:
+            return self.step()
+        self.graph.replay()
+        assert self.logits is not None
+        return self.logits
+
+    @torch.no_grad()
+    def _capture(self) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # kernels are compiled, what is made once is made
+            for _ in range(2):
+                self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.step()
+
+
+def _cache(decoder: Decoder, length: int) -> StaticCache:
+    model, spec = decoder.model, decoder.spec
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=length)
+    groups = spec.matrices["k"][0] // spec.head_size
+    with torch.inference_mode(False):
+        cache.early_initialization(1, groups, spec.head_size, model.dtype, model.device)
+    return cache

@@ -1,0 +1,122 @@
+"""What stands between a token's products: the kernels against plain torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dipnet.kernels import steps
+from dipnet.kernels.steps import Heads, Norm, reference
+from tests.kernels.gpu.device import DEVICE, needs_kernels
+
+GPU_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = GPU_DTYPES if DEVICE.type == "cuda" else GPU_DTYPES[:2]  # interpreted, bfloat16 is cut off
+CLOSE: dict[torch.dtype, dict[str, float]] = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.float16: {"rtol": 4e-3, "atol": 4e-3},
+    torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2},
+}
+
+pytestmark = needs_kernels
+each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+SHAPES = [
+    (8, 4, 16, 16, 300, False),
+    (3, 1, 8, 8, 40, True),
+    (6, 6, 10, 0, 200, False),
+    (4, 2, 12, 6, 600, True),
+]
+"""Queries, groups, a head's size, its rotated channels, the cache's length, and norms of heads."""
+
+
+def random(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def close(made: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(made, wanted, **CLOSE[wanted.dtype])
+
+
+@each_dtype
+@pytest.mark.parametrize("n", [1, 24, 257, 1030])
+@pytest.mark.parametrize("centred", [False, True])
+def test_add_norm(n: int, centred: bool, dtype: torch.dtype) -> None:
+    bias = random(n, dtype=dtype) if centred else None
+    norm = Norm(random(n, dtype=dtype), bias, 1e-5, centred)
+    hidden, delta = random(1, n, dtype=dtype), random(1, n, dtype=dtype)
+    ring, place = random(3, n, dtype=dtype), torch.tensor([2], device=DEVICE)
+    for added in (None, delta):
+        wanted = reference.add_norm(hidden, added, norm, None)
+        total, normed = steps.add_norm(hidden, added, norm, (ring, place))
+        assert torch.equal(ring[2:], normed)
+        close(total, wanted[0])
+        close(normed, wanted[1])
+
+
+@each_dtype
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gated(activation: str, dtype: torch.dtype) -> None:
+    pre = random(1, 2 * 777, dtype=dtype)
+    close(steps.gated(pre, activation), reference.gated(pre, activation))
+
+
+def heads_of(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Heads, Any]:
+    queries, groups, size, rotary, length, normed = shape
+    norms = [Norm(random(size, dtype=dtype), None, 1e-6, False) for _ in range(2 * normed)]
+    rotation = None
+    if rotary:
+        rotation = random(length, rotary, dtype=dtype), random(length, rotary, dtype=dtype)
+    return Heads(queries, groups, size, size**-0.5, *norms), rotation
+
+
+def some(number: int, most: int) -> Tensor:
+    """Places of some of ``number``, ascending."""
+    return torch.randperm(number)[:most].sort().values.int().to(DEVICE)
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attend(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    queries, groups, size, _, length, _ = shape
+    heads, rotation = heads_of(shape, dtype)
+    for at in (0, 5, length - 1):
+        position = torch.tensor([at], device=DEVICE)
+        qkv = random(1, (queries + 2 * groups) * size, dtype=dtype)
+        caches = [random(1, groups, length, size, dtype=dtype) for _ in "kv"]
+        copies = [cache.clone() for cache in caches]
+        wanted = reference.attend(qkv, rotation, *caches, position, heads, None)
+        close(steps.attend(qkv, rotation, *copies, position, heads), wanted)
+        for copy, cache in zip(copies, caches, strict=True):
+            close(copy, cache)
+        kept = some(queries, (queries + 1) // 2)[None]
+        rows = random(3, kept.shape[1] * size + 7, dtype=dtype)
+        wanted = reference.attend(rows, rotation, *copies, position, heads, kept)
+        close(steps.attend(rows, rotation, *copies, position, heads, kept), wanted)
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES)
+def test_complete(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    queries, groups, size, _, length, _ = shape
+    heads, rotation = heads_of(shape, dtype)
+    ring, most = 5, max(1, groups - 1)
+    for at in (0, 3, length - 1):
+        for used in {0, 1, most}:
+            position = torch.tensor([at], device=DEVICE)
+            first = queries + some(groups, used)
+            index = torch.cat([some(queries, 2), first, first + groups])
+            count = torch.tensor([len(index)], dtype=torch.int32, device=DEVICE)
+            index = torch.cat([index, index.new_zeros(2 * (most - used))])
+            made = random(ring, len(index) * size, dtype=dtype)
+            until = (at - torch.randint(0, ring + 1, (groups,))).clamp(min=-1).to(DEVICE)
+            caches = [random(1, groups, length, size, dtype=dtype) for _ in "kv"]
+            copies = [cache.clone() for cache in caches]
+            reached = until.clone()
+            common = (position, heads)
+            reference.complete(made, index, count, 2, until, rotation, *caches, *common)
+            steps.complete(made, index, count, 2, reached, rotation, *copies, *common)
+            assert torch.equal(until, reached)
+            for copy, cache in zip(copies, caches, strict=True):
+                close(copy, cache)
