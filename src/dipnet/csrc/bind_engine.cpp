@@ -169,7 +169,8 @@ void bind_engine(nb::module_& m) {
       .def("finish", &finish, nb::arg("y").noconvert())
       .def("totals", &totals)
       .def("reader_totals", &reader_totals)
-      .def("reset_totals", &Engine::reset_totals);
+      .def("reset_totals", &Engine::reset_totals)
+      .def_prop_ro("frame_bytes", &Engine::frame_bytes);
   m.def("instruction_set", &dipnet::instruction_set);
   m.def("use_instruction_set", [](const std::string& name) {
     dipnet::use_instruction_set(name.c_str());

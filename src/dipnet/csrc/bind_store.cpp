@@ -2,6 +2,7 @@
 
 #include "bind.h"
 #include "checksum.h"
+#include "reads.h"
 
 namespace {
 
@@ -25,9 +26,26 @@ Checksums record_checksums(Records records, std::uint64_t group, std::uint64_t f
   return Checksums(sums, {count}, owner);
 }
 
+// (tokens, 2) reads, and the records that they take in, of (tokens, units) missed records.
+nb::ndarray<nb::numpy, std::int32_t, nb::ndim<2>> count_reads(
+    nb::ndarray<const bool, nb::ndim<2>, nb::c_contig, nb::device::cpu> missed,
+    std::size_t record_bytes) {
+  const std::size_t tokens = missed.shape(0), units = missed.shape(1);
+  auto* counts = new std::int32_t[2 * tokens];
+  nb::capsule owner(counts, [](void* p) noexcept { delete[] static_cast<std::int32_t*>(p); });
+  for (std::size_t t = 0; t < tokens; ++t) {
+    const auto found = dipnet::count_reads(missed.data() + t * units, units, record_bytes);
+    counts[2 * t] = static_cast<std::int32_t>(found.reads);
+    counts[2 * t + 1] = static_cast<std::int32_t>(found.records);
+  }
+  return {counts, {tokens, 2}, owner};
+}
+
 }  // namespace
 
 void bind_store(nb::module_& m) {
   m.def("record_checksums", &record_checksums, nb::arg("records").noconvert(), nb::kw_only(),
         nb::arg("group"), nb::arg("first_unit"));
+  m.def("count_reads", &count_reads, nb::arg("missed").noconvert(), nb::kw_only(),
+        nb::arg("record_bytes"));
 }

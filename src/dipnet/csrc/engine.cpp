@@ -3,19 +3,18 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
-#include <tuple>
 #include <utility>
 
 #include "checksum.h"
+#include "reads.h"
 
 namespace dipnet {
 namespace {
 
-// One read takes in this much at most: from 32 KiB on the disks we measured are as fast as when
-// they read in sequence, and a request's first records should not wait for its last.
-constexpr std::size_t kReadBytes = 128 << 10;
 // Records that are multiplied together while others are on their way.
 constexpr std::size_t kBatch = 64;
+// The staging's part of the memory for records on their way.
+constexpr std::size_t kStagingShare = 4;
 // Records in memory that are multiplied before the disk's queue is looked after again: a few
 // milliseconds, in which 128 reads of 20 KiB are not done.
 constexpr std::size_t kHeld = 256;
@@ -37,14 +36,18 @@ RecordError::RecordError(std::size_t at, std::size_t number, int reason)
 
 Engine::Engine(std::unique_ptr<Reader> reader, std::size_t threads, std::size_t frame_bytes,
                std::size_t largest_record)
-    : reader_(std::move(reader)), pool_(threads), frame_bytes_(largest_record) {
+    : reader_(std::move(reader)),
+      pool_(threads),
+      staging_(std::max(frame_bytes / kStagingShare, 2 * kReadBytes)),
+      frame_bytes_(largest_record) {
   if (largest_record == 0 || largest_record % kSector != 0 ||
       largest_record > std::max<std::uint64_t>(reader_->file_bytes(), kSector)) {
     throw std::invalid_argument(
         "the largest record is a multiple of the sector size, and no larger than the file");
   }
   // Half of the frames may hold guesses; the other half has room for an ordered batch.
-  frame_count_ = std::max(frame_bytes / largest_record, 4 * kOrdered);
+  frame_count_ = std::max((frame_bytes - frame_bytes / kStagingShare) / largest_record,
+                          4 * kOrdered);
   constexpr std::size_t kMost = std::numeric_limits<std::int32_t>::max();
   if (frame_count_ > kMost || largest_record > std::size_t{1} << 40) {
     throw std::invalid_argument("there is no memory for frames of this size");
@@ -173,138 +176,6 @@ void Engine::in_order() {
     settle();
     ready_ = std::move(later);
   }
-}
-
-// What is read next: missing records in the order of the file, each to its slot or to a frame.
-void Engine::plan_reads() {
-  Site& s = active();
-  queue_.clear();
-  ready_.clear();
-  queued_ = missing_ = 0;
-  if (s.complete()) return;
-  drop_stale_guesses();
-  for (std::size_t u = 0; u < wanted_.size(); ++u) {
-    if (!wanted_[u] || s.in_memory(u)) continue;
-    const auto unit = static_cast<std::int32_t>(u);
-    ++missing_;
-    if (s.frame_of[u] != kNone) {
-      ++s.totals.useful;
-      if (s.arrived[u]) ready_.push_back(unit);
-      continue;
-    }
-    std::int32_t slot = s.cache.slot_of()[u];
-    // Another token of this request still needs what is in the slot: it moves there later.
-    if (slot != kNone && s.unit_at[slot] != kNone && wanted_[s.unit_at[slot]]) slot = kNone;
-    if (slot != kNone) s.empty_slot(slot);
-    queue_.push_back({unit, slot, kNone});
-  }
-  s.totals.read += queue_.size();
-  feed();
-}
-
-// Starts reads of the queue as long as there are frames for what has no slot.
-void Engine::feed() {
-  std::vector<Piece> pieces;
-  while (queued_ < queue_.size()) {
-    Piece piece = queue_[queued_];
-    if (piece.slot == kNone) {
-      if (free_frames_.empty()) break;
-      piece.frame = take_frame(active(), piece.unit);
-    }
-    pieces.push_back(piece);
-    ++queued_;
-  }
-  read(active_, pieces);
-}
-
-std::int32_t Engine::take_frame(Site& s, std::int32_t unit) {
-  s.frame_of[unit] = free_frames_.back();
-  s.arrived[unit] = 0;
-  free_frames_.pop_back();
-  return s.frame_of[unit];
-}
-
-// Reads pieces that are in the order of the file, neighbours together.
-void Engine::read(std::size_t site, const std::vector<Piece>& pieces) {
-  std::vector<Read> reads;
-  std::vector<Piece> run;
-  const std::size_t record_bytes = sites_[site].layout.record_bytes;
-  for (const Piece& piece : pieces) {
-    if (!run.empty() && (run.back().unit + 1 != piece.unit ||
-                         (run.size() + 1) * record_bytes > kReadBytes)) {
-      reads.push_back(flight(site, std::exchange(run, {})));
-    }
-    run.push_back(piece);
-  }
-  if (!run.empty()) reads.push_back(flight(site, std::move(run)));
-  if (!reads.empty()) reader_->submit(std::move(reads));
-}
-
-Read Engine::flight(std::size_t site, std::vector<Piece> pieces) {
-  const Site& s = sites_[site];
-  if (free_flights_.empty()) {
-    free_flights_.push_back(flights_.size());
-    flights_.emplace_back();
-  }
-  Read read;
-  read.tag = free_flights_.back();
-  free_flights_.pop_back();
-  read.offset = s.layout.offset + pieces.front().unit * s.layout.record_bytes;
-  for (const Piece& piece : pieces) {
-    std::uint8_t* const to = piece.frame != kNone ? frame(piece.frame) : s.slot(piece.slot);
-    read.into.push_back({to, s.layout.record_bytes});
-  }
-  flights_[read.tag] = {site, std::move(pieces)};
-  return read;
-}
-
-void Engine::reap(bool block) {
-  const auto begun = Clock::now();
-  done_.clear();
-  if (block) {
-    if (reader_->wait(done_) == 0) throw std::logic_error("waits for a record that nobody reads");
-    active().totals.wait += seconds_since(begun);
-  } else {
-    reader_->poll(done_);
-  }
-  std::int32_t lost = kNone;
-  int error = 0;
-  for (const Done& done : done_) {
-    const std::int32_t unit = land(done);
-    if (unit != kNone) std::tie(lost, error) = std::pair(unit, done.error);
-  }
-  if (lost != kNone) fail(lost, error);
-}
-
-// Takes note of a finished read; returns a wanted unit that it failed to bring.
-std::int32_t Engine::land(const Done& done) {
-  const Flight flight = std::move(flights_[done.tag]);
-  free_flights_.push_back(done.tag);
-  Site& s = sites_[flight.site];
-  if (done.error && flight.pieces.size() > 1) {  // which of them is it?
-    for (const Piece& piece : flight.pieces) read(flight.site, {piece});
-    return kNone;
-  }
-  std::int32_t lost = kNone;
-  for (const Piece& piece : flight.pieces) {
-    const bool ours = running_ && flight.site == active_ && wanted_[piece.unit];
-    if (piece.frame != kNone && s.frame_of[piece.unit] != piece.frame) {
-      free_frames_.push_back(piece.frame);  // a guess that was given up meanwhile
-      continue;
-    }
-    if (done.error) {
-      if (piece.frame != kNone) free_frames_.push_back(piece.frame);
-      s.frame_of[piece.unit] = kNone;
-      if (ours) lost = piece.unit;
-      continue;
-    }
-    if (piece.slot != kNone) s.put(piece.unit, piece.slot);
-    s.arrived[piece.unit] = piece.frame != kNone;
-    if (!ours) continue;
-    ready_.push_back(piece.unit);
-    last_arrival_ = Clock::now();
-  }
-  return lost;
 }
 
 const std::uint8_t* Engine::record(const Site& site, std::size_t unit) const {

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -16,6 +17,7 @@
 #include "pool.h"
 #include "reader.h"
 #include "site.h"
+#include "staging.h"
 
 namespace dipnet {
 
@@ -35,7 +37,7 @@ struct RecordError : std::runtime_error {
 // or, streamed past the cache, to a frame that is free again once it was used.
 class Engine {
  public:
-  // `frame_bytes` of memory for records on their way, in frames of the largest record.
+  // `frame_bytes` of memory for records on their way: the staging, and frames of the largest record.
   Engine(std::unique_ptr<Reader> reader, std::size_t threads, std::size_t frame_bytes,
          std::size_t largest_record);
   ~Engine();
@@ -71,31 +73,42 @@ class Engine {
 
   void reset_totals();
 
+  // The frames' memory, half of which guesses may take.
+  std::size_t frame_bytes() const { return frame_count_ * frame_bytes_; }
+
  private:
   using Clock = std::chrono::steady_clock;
 
   struct Piece {
-    std::int32_t unit, slot, frame;  // one of slot and frame is kNone
+    // One of slot and frame is kNone, or both until the piece is read: it takes a frame then.
+    std::int32_t unit, slot, frame;
   };
-  struct Flight {  // one read under way
+  struct Flight {  // one read under way, into its pieces' places or into a room of the staging
     std::size_t site = 0;
     std::vector<Piece> pieces;
+    std::uint8_t* room = nullptr;
   };
 
   Site& active() { return sites_[active_]; }
   std::uint8_t* frame(std::int32_t f) const { return frames_.data() + f * frame_bytes_; }
   const std::uint8_t* record(const Site& site, std::size_t unit) const;
 
-  // Reads (engine.cpp); guesses (engine_ahead.cpp).
+  // Reads (engine_reads.cpp).
   void plan_reads();
-  void drop_stale_guesses();
   void feed();
+  std::size_t read(std::size_t site, std::span<const Piece> pieces);
+  std::size_t run_length(std::size_t site, std::span<const Piece> pieces) const;
+  bool add_flight(std::size_t site, std::span<const Piece> run, std::vector<Read>& reads);
+  Flight end_flight(std::uint64_t tag);
   std::int32_t take_frame(Site& site, std::int32_t unit);
-  void read(std::size_t site, const std::vector<Piece>& pieces);
-  Read flight(std::size_t site, std::vector<Piece> pieces);
-  std::size_t idle_records(std::size_t site) const;
+  std::uint8_t* place(const Site& site, const Piece& piece) const;
   void reap(bool block);
   std::int32_t land(const Done& done);
+
+  // Guesses (engine_ahead.cpp).
+  void drop_stale_guesses();
+  std::size_t idle_records(std::size_t site) const;
+
   void collect();
   void verify();
   void settle();
@@ -119,6 +132,7 @@ class Engine {
 
   std::unique_ptr<Reader> reader_;
   Pool pool_;
+  Staging staging_;
   Memory frames_;
   std::size_t frame_bytes_;
   std::vector<std::int32_t> free_frames_;
@@ -127,6 +141,7 @@ class Engine {
   std::vector<Flight> flights_;
   std::vector<std::size_t> free_flights_;
   std::vector<Done> done_;
+  std::uint64_t brought_ = 0;  // bytes of records that were asked for: without the gaps between them
 
   // The request.
   bool running_ = false;

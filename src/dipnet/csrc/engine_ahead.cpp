@@ -30,16 +30,15 @@ void Engine::prefetch(std::size_t site, const bool* wanted, const float* score, 
     std::sort(units.begin(), units.end());
   }
   std::vector<Piece> pieces;
-  for (const std::int32_t unit : units) pieces.push_back({unit, kNone, take_frame(s, unit)});
-  read(site, pieces);
-  s.totals.guessed += units.size();
+  for (const std::int32_t unit : units) pieces.push_back({unit, kNone, kNone});
+  s.totals.guessed += read(site, pieces);
 }
 
 // How many of a site's records the disk delivers while it would otherwise wait for its request.
 std::size_t Engine::idle_records(std::size_t site) const {
-  const ReaderTotals totals = reader_->totals();
-  if (totals.busy_seconds <= 0) return 0;
-  const double bytes = idle_[site] * static_cast<double>(totals.bytes) / totals.busy_seconds;
+  const double busy = reader_->totals().busy_seconds;
+  if (busy <= 0) return 0;
+  const double bytes = idle_[site] * static_cast<double>(brought_) / busy;
   return static_cast<std::size_t>(bytes / static_cast<double>(sites_[site].layout.record_bytes));
 }
 
@@ -58,8 +57,7 @@ void Engine::drop_stale_guesses() {
                                                  [&](const Piece& p) { return !wanted_[p.unit]; });
   };
   for (const std::uint64_t tag : reader_->cancel_queued(stale)) {
-    for (const Piece& piece : flights_[tag].pieces) free_frames_.push_back(piece.frame);
-    free_flights_.push_back(tag);
+    for (const Piece& piece : end_flight(tag).pieces) free_frames_.push_back(piece.frame);
   }
 }
 

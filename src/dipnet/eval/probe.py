@@ -12,9 +12,9 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,17 @@ from dipnet.methods.dip import DIP
 from dipnet.models.load import DEFAULT_MODEL, LoadedModel, empty_model, load_config, load_tokenizer
 from dipnet.models.recording import model_shape
 from dipnet.pack.packing import pack
-from dipnet.sim.device import Device, EngineCosts, Tier
+from dipnet.sim.device import Device, EngineCosts, Point, Tier
+from dipnet.sim.groups import held_group, pinned_groups
 from dipnet.sim.shape import ModelShape
-from dipnet.sim.walk import Walk, held_group, pinned_groups
+from dipnet.sim.walk import Walk
 from dipnet.store.index import read_index
 from dipnet.streaming.attach import streamed
 from dipnet.streaming.budget import CACHED
-from dipnet.streaming.engine import FRAME_BYTES, default_threads
+from dipnet.streaming.engine import default_threads
 from dipnet.streaming.load import load
-from dipnet.streaming.probe_disk import Reading, probe_disk, undisturbed
+from dipnet.streaming.probe_disk import probe_disk
+from dipnet.streaming.probe_reads import ReadCosts, probe_reads
 from dipnet.streaming.probe_records import Costs, fitted, probe_records, write_regions
 
 SCRATCH_BYTES = 256 << 20
@@ -85,8 +87,9 @@ def probe(folder: Path, name: str, progress: Progress) -> Device:
         progress("writing the scratch file", 0.0)
         file = scratch / "records"
         _write(file)
-        reading = probe_disk(file, DISK_SECONDS, lambda s: progress("disk", 0.05 + 0.25 * s))
+        curve = probe_disk(file, DISK_SECONDS, lambda s: progress("disk", 0.05 + 0.25 * s))
         costs = _records(file, progress)
+        reading = probe_reads(file)
         progress("memory", 0.5)
         bandwidth = _dram_bandwidth()
         engine = _engine(scratch, reading, costs, progress)
@@ -96,9 +99,9 @@ def probe(folder: Path, name: str, progress: Progress) -> Device:
         dram=Tier(capacity=_memory(), bandwidth=bandwidth, latency=0.0),
         flash=Tier(
             capacity=shutil.disk_usage(folder).total,
-            bandwidth=max(point.bandwidth for point in reading.curve),
-            latency=_latency(reading),
-            curve=reading.curve,
+            bandwidth=max(point.bandwidth for point in curve),
+            latency=_latency(curve),
+            curve=curve,
         ),
         overlap=True,
         engine=engine,
@@ -156,7 +159,7 @@ def _dram_bandwidth() -> float:
             took.append(time.perf_counter() - start)
     finally:
         torch.set_num_threads(threads)
-    return DRAM_BYTES / undisturbed(took)
+    return DRAM_BYTES / statistics.median(took)
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ class _Timed:
     units: int
 
 
-def _engine(scratch: Path, reading: Reading, costs: Costs, progress: Progress) -> EngineCosts:
+def _engine(scratch: Path, reading: ReadCosts, costs: Costs, progress: Progress) -> EngineCosts:
     """All costs: what the samples take beyond the known steps goes to the others."""
     timed = []
     for number, sample in enumerate(SAMPLES):
@@ -193,10 +196,7 @@ def _engine(scratch: Path, reading: Reading, costs: Costs, progress: Progress) -
         selection=selection,
         unit=unit,
         exchange=max(0.0, statistics.median(more)),
-        submit=reading.submit,
-        land=reading.land,
-        check=costs.check,
-        frame_bytes=FRAME_BYTES,
+        **asdict(reading),
         products=costs.products,
     )
     rest = fitted(
@@ -230,7 +230,9 @@ def _timed(folder: Path, sample: Sample) -> _Timed:
     streaming = _streaming(store, method)
     units = sample.layers * (sample.width + sample.neurons)
     shape = model_shape(empty_model(load_config(str(store))))
-    return _Timed(sample, shape, undisturbed(took), undisturbed(masks), streaming, units)
+    return _Timed(
+        sample, shape, statistics.median(took), statistics.median(masks), streaming, units
+    )
 
 
 def _checkpoint(folder: Path, sample: Sample) -> Path:
@@ -280,7 +282,7 @@ def _streaming(store: Path, method: DIP) -> float:
     loaded = LoadedModel("probe", model, load_tokenizer(DEFAULT_MODEL), "int4")
     with _masks(model) as masks:
         generate(loaded, torch.arange(3, 19)[None], max_new_tokens=NEW_TOKENS)
-    return undisturbed(masks[1:])  # the first is the prompt, which has none
+    return statistics.median(masks[1:])  # the first is the prompt, which has none
 
 
 def _walked(costs: EngineCosts, timed: _Timed) -> float:
@@ -303,9 +305,9 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _latency(reading: Reading) -> float:
+def _latency(curve: Sequence[Point]) -> float:
     """Seconds of the smallest read alone."""
-    return min(point.read_bytes * point.depth / point.bandwidth for point in reading.curve)
+    return min(point.read_bytes * point.depth / point.bandwidth for point in curve)
 
 
 def _description(folder: Path) -> str:

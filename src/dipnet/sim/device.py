@@ -140,8 +140,9 @@ class EngineCosts(BaseModel):
     ``number`` for each number of its activations (width and neurons), ``key`` for each key or value
     that attention reads. Of one call of a group: ``call``, ``channel``, ``row``. Of a mask:
     ``selection``, ``unit``, and ``exchange`` more where records come and go. Of a read: ``submit``
-    until it is on its way and ``land`` when it has come; its records are verified at ``check``
-    bytes/s. ``products`` has points for each kind of weights, in the order of ``working_bytes``.
+    until it is on its way and ``land`` when it has come; of a record that is read: ``ask`` and
+    ``take``, likewise, and its copy and check at ``check`` bytes/s. ``products`` has points for
+    each kind of weights, in the order of ``working_bytes``.
     """
 
     model_config = _SETTINGS
@@ -159,6 +160,8 @@ class EngineCosts(BaseModel):
     exchange: Seconds
     submit: Seconds
     land: Seconds
+    ask: Seconds
+    take: Seconds
     check: Positive
     frame_bytes: Bytes
     products: dict[Weights, tuple[Product, ...]]
