@@ -5,6 +5,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+READ_BYTES: int
+GAP_BYTES: int
+BATCH: int
+
 def topk_mask(
     scores: NDArray[np.float32], mask: NDArray[np.bool_], k: int, threads: int
 ) -> None: ...

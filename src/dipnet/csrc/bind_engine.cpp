@@ -137,6 +137,7 @@ nb::dict reader_totals(const Engine& engine) {
 }  // namespace
 
 void bind_engine(nb::module_& m) {
+  m.attr("BATCH") = Engine::kBatch;
   static PyObject* error = nullptr;
   // No OSError: that keeps two of its arguments only.
   nb::object made =

@@ -37,6 +37,9 @@ struct RecordError : std::runtime_error {
 // or, streamed past the cache, to a frame that is free again once it was used.
 class Engine {
  public:
+  // Records that are multiplied together while others are on their way.
+  static constexpr std::size_t kBatch = 64;
+
   // `frame_bytes` of memory for records on their way: the staging, and frames of the largest record.
   Engine(std::unique_ptr<Reader> reader, std::size_t threads, std::size_t frame_bytes,
          std::size_t largest_record);
