@@ -93,9 +93,8 @@ class Walk:
     def _selecting(self, group: Group) -> float:
         return self.costs.selection + self.costs.unit * group.units if group.masked else 0.0
 
-    def _calling(self, group: Group) -> float:
-        costs = self.costs
-        return costs.call + costs.channel * group.channels + costs.row * group.rows
+    def _guessing(self, group: Group) -> float:
+        return self._selecting(group) + self.costs.guess
 
     def _multiplying(self, group: Group, records: Array, cost: tuple[float, float]) -> Array:
         column, byte = cost
@@ -103,7 +102,7 @@ class Walk:
 
     def _all_held(self, group: Group) -> Array:
         held = self._multiplying(group, group.hits, self.held)
-        return self._selecting(group) + self._calling(group) + held
+        return self._selecting(group) + self.costs.call + held
 
     def _read_ahead(self, group: Group, idle: Array) -> None:
         """Read guessed records, as many as the disk brings in the ``idle`` time."""
@@ -113,7 +112,7 @@ class Walk:
         right = 1.0
         if group.masked:
             right = self.recall.get(group.name, RECALL)
-            self.now += self._selecting(group)
+            self.now += self._guessing(group)
             most = np.minimum(most, idle * self.rate / group.record_bytes)
         records = np.minimum(group.misses, most)
         reads, size = group.read(records)
@@ -124,7 +123,7 @@ class Walk:
     def _call(self, group: Group, ahead: Group | None = None) -> None:
         """The product of one group; ``ahead`` is guessed while its records arrive."""
         costs = self.costs
-        self.now += self._selecting(group) + self._calling(group)
+        self.now += self._selecting(group) + costs.call
         if group.streamed and group.masked:
             self.now += costs.exchange
         multiplied = self._multiplying(group, group.hits, self.held)
@@ -154,7 +153,5 @@ class Walk:
         """Guess another group from what is there: for the neurons, their activation as it is."""
         if self.recall is None or not group.streamed or (group.masked and self.ordered):
             return
-        made = self.costs.number * group.channels + self.costs.row * group.channels
-        if group.masked:
-            self.now += made
-        self._read_ahead(group, made + np.full_like(self.now, self._selecting(group)))
+        idle = self.costs.number * group.channels + self._selecting(group)
+        self._read_ahead(group, np.full_like(self.now, idle))

@@ -1,4 +1,4 @@
-"""What the engine's own steps cost here: products and calls.
+"""What products cost here, by the kind of the weights.
 
 Measured with the native engine on records of random weights, a region of the scratch file for each
 kind of weights and each length of a column. Sites that read the same region hold copies of it, so
@@ -8,7 +8,7 @@ that more memory is in use than the file has.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -90,34 +90,10 @@ def write_regions(file: BinaryIO, rng: np.random.Generator) -> None:
         file.write(records.tobytes())
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Seconds of the engine's steps, as `EngineCosts` has them."""
-
-    call: float
-    channel: float
-    row: float
-    products: dict[Weights, tuple[Product, ...]]
-
-
-def probe_records(path: Path) -> Iterator[Costs | None]:
-    """Measure all costs, yielding None after each part of the work and the costs at its end."""
-    measured = []
-    products: dict[Weights, tuple[Product, ...]] = {}
-    for weights in WEIGHTS:
-        ours = [region for region in regions() if region.weights == weights]
-        points = []
-        for copies in COPIES:
-            runs = [_Run(path, region, copies) for region in ours]
-            measured += [(run.region, run.rest) for run in runs if copies == 1]
-            points.append(_product(runs))
-            yield None
-        products[weights] = tuple(points)
-    call, channel, row = fitted(
-        [(1.0, region.units, region.outputs) for region, _ in measured],
-        [rest for _, rest in measured],
-    )
-    yield Costs(call, channel, row, products)
+def probe_products(path: Path, weights: Weights) -> tuple[Product, ...]:
+    """What columns of one kind cost, in the order of the bytes that are used in turn."""
+    ours = [region for region in regions() if region.weights == weights]
+    return tuple(_product([_Run(path, region, copies) for region in ours]) for copies in COPIES)
 
 
 def _product(runs: Sequence[_Run]) -> Product:
@@ -227,4 +203,3 @@ class _Run:
         self.copies = copies
         self.wanted = float(masks.sum() / MASKS)
         self.kernel = median(call.kernels for call in calls)
-        self.rest = median(call.begin + call.end for call in calls)
