@@ -72,7 +72,7 @@ def check_plausible(device: Device) -> None:
     assert costs is not None
     assert set(costs.products) == {"int4", "int8", "bf16"}
     assert all(p.bandwidth > 1e4 for points in costs.products.values() for p in points[:1])
-    assert costs.token + costs.layer > 0
+    assert costs.token + costs.layer + costs.logit > 0
     assert costs.selection + costs.unit > 0
     assert costs.submit + costs.ask > 0
 

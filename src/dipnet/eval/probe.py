@@ -56,7 +56,9 @@ def probe(folder: Path, name: str, progress: Progress) -> Device:
         reading = probe_reads(file)
         progress("memory", 0.5)
         bandwidth = _dram_bandwidth()
-        steps = decoding_costs(scratch, products, lambda s: progress("decoding", 0.5 + 0.5 * s))
+        steps = decoding_costs(
+            scratch, products, reading, lambda s: progress("decoding", 0.5 + 0.5 * s)
+        )
     return Device(
         name=name,
         description=_description(folder),

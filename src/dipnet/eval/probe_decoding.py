@@ -6,6 +6,7 @@ threads are as asleep, as they are between a model's operations.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from dipnet.store.index import Index, read_index
 from dipnet.streaming.attach import streamed
 from dipnet.streaming.budget import CACHED
 from dipnet.streaming.load import load
+from dipnet.streaming.probe_reads import ReadCosts
 from dipnet.streaming.probe_records import fitted
 
 
@@ -96,38 +98,53 @@ class StepCosts:
 
 @dataclass(frozen=True)
 class _Timed:
-    """Seconds of a sample's token: in all, for masks, for guesses, of products by their group."""
+    """A sample's token: seconds in all, of the model without waiting, for masks, of products.
+
+    ``kernels`` by their group's name; ``reading`` is the known part of the processor's work on
+    reads.
+    """
 
     total: float
+    working: float
     selection: float
-    guessing: float
+    reading: float
     kernels: Mapping[str, float]
 
 
 def decoding_costs(
-    folder: Path, products: Mapping[Weights, tuple[Product, ...]], progress: Progress
+    folder: Path,
+    products: Mapping[Weights, tuple[Product, ...]],
+    reads: ReadCosts,
+    progress: Progress,
 ) -> StepCosts:
     """Make the samples in a folder, let them generate, and divide what their tokens take."""
     held: list[_Timed] = []
-    masks: list[float] = []
-    guesses: list[float] = []
     calls: list[float] = []
+    exchanges: list[float] = []
+    guesses: list[float] = []
     for at, sample in enumerate(SAMPLES):
         progress(at / len(SAMPLES))
         store = folder / str(at)
         pack(str(_checkpoint(folder / f"model-{at}", sample)), store, WEIGHTS)
         index = read_index(store)
-        memory, disk = _timed(store, sample, None), _timed(store, sample, _half(index))
+        memory = _timed(store, sample, reads)
+        alone = _timed(store, sample, reads, cache=_half(index), look_ahead=False)
+        ahead = _timed(store, sample, reads, cache=_half(index), look_ahead=True)
         held.append(memory)
-        masks.append((disk.selection - memory.selection) / sample.masks)
-        guesses.append((disk.guessing - memory.selection) / sample.masks)
         calls += _calls(index, memory, products[WEIGHTS])
+        exchanges.append(_more(alone, memory) / sample.masks)
+        guesses.append((_more(ahead, alone) - memory.selection) / sample.masks)
     others = [max(t.total - t.selection - sum(t.kernels.values()), 1e-9) for t in held]
     token, layer, number, logit, key = fitted([sample.terms for sample in SAMPLES], others)
     counts = [(sample.masks, sample.units) for sample in SAMPLES]
     selection, unit = fitted(counts, [t.selection for t in held])
-    call, exchange, guess = (max(0.0, median(costs)) for costs in (calls, masks, guesses))
+    call, exchange, guess = (max(0.0, median(costs)) for costs in (calls, exchanges, guesses))
     return StepCosts(token, layer, number, logit, key, call, selection, unit, exchange, guess)
+
+
+def _more(one: _Timed, other: _Timed) -> float:
+    """Seconds that the processor works more in one than in the other, but for known reads."""
+    return (one.working - one.reading) - (other.working - other.reading)
 
 
 def _calls(index: Index, timed: _Timed, products: tuple[Product, ...]) -> Iterator[float]:
@@ -146,10 +163,18 @@ def _half(index: Index) -> int:
     return sum(group.bytes for group in index.groups if group.name in CACHED) // 2
 
 
-def _timed(store: Path, sample: Sample, cache: int | None) -> _Timed:
-    """Let a sample generate, with everything in memory or a ``cache`` and guesses."""
+def _timed(
+    store: Path,
+    sample: Sample,
+    costs: ReadCosts,
+    *,
+    cache: int | None = None,
+    look_ahead: bool = False,
+) -> _Timed:
+    """Let a sample generate, with everything in memory or a ``cache``."""
     method = DIP(input_density=KEPT, hidden_density=KEPT)
-    model = load(store, method, cache=cache, context=sample.prompt + NEW_TOKENS)
+    context = sample.prompt + NEW_TOKENS
+    model = load(store, method, cache=cache, context=context, look_ahead=look_ahead)
     loaded = LoadedModel("probe", model, load_tokenizer(DEFAULT_MODEL), WEIGHTS)
     prompt = torch.arange(3, 3 + sample.prompt)[None]
     totals: list[float] = []
@@ -160,21 +185,31 @@ def _timed(store: Path, sample: Sample, cache: int | None) -> _Timed:
     with _watched(model, names) as calls:
         for _ in range(TRIES):
             generate(loaded, prompt, max_new_tokens=NEW_TOKENS)
-    tokens = np.array(calls).reshape(TRIES, NEW_TOKENS, -1)[:, 1:]  # the first is the prompt's
-    selection, guessing, *kernels = np.median(tokens, axis=(0, 1)).tolist()
-    return _Timed(median(totals), selection, guessing, dict(zip(names, kernels, strict=True)))
+    spent = np.array(calls).reshape(TRIES, NEW_TOKENS, -1)[:, 1:]  # the first is the prompt's
+    spent = spent.reshape(-1, spent.shape[-1])
+    seconds, wait, selection, reads, records, size, *kernels = spent.T
+    reading = reads * (costs.submit + costs.land) + records * (costs.ask + costs.take)
+    return _Timed(
+        median(totals),
+        float(np.median(seconds - wait)),
+        float(np.median(selection)),
+        float(np.median(reading + size / costs.check)),
+        {name: float(np.median(each)) for name, each in zip(names, kernels, strict=True)},
+    )
 
 
 @contextmanager
 def _watched(model: PreTrainedModel, names: list[str]) -> Iterator[list[NDArray[np.float64]]]:
-    """What each call inside the block takes for masks, for guesses, and for each group."""
+    """What each call inside the block takes: seconds, and all that `_spent` has."""
     took: list[NDArray[np.float64]] = []
 
     def begin(*_: Any) -> None:
-        took.append(-_spent(model, names))
+        spent = _spent(model, names)
+        took.append(-np.array([time.perf_counter(), *spent]))
 
     def end(*_: Any) -> None:
-        took[-1] += _spent(model, names)
+        now = time.perf_counter()
+        took[-1] += [now, *_spent(model, names)]
 
     hooks = model.register_forward_pre_hook(begin), model.register_forward_hook(end)
     try:
@@ -184,14 +219,19 @@ def _watched(model: PreTrainedModel, names: list[str]) -> Iterator[list[NDArray[
             hook.remove()
 
 
-def _spent(model: PreTrainedModel, names: list[str]) -> NDArray[np.float64]:
-    """Seconds so far: masks, guesses, the products of the groups of each name."""
+def _spent(model: PreTrainedModel, names: list[str]) -> list[float]:
+    """So far: seconds of waiting and for masks; reads, records, their bytes; kernels by name."""
     attached = streamed(model)
     kernels = dict.fromkeys(names, 0.0)
-    for key in attached.groups:
-        kernels[key[1]] += attached.engine.totals(key)["kernels"]
-    spent = attached.seconds
-    return np.array([spent.selection, spent.guessing, *kernels.values()])
+    wait = records = size = 0.0
+    for (_, name), group in attached.groups.items():
+        totals = attached.engine.totals(group.key)
+        kernels[name] += totals["kernels"]
+        wait += totals["wait"]
+        records += totals["read"] + totals["guessed"]
+        size += (totals["read"] + totals["guessed"]) * group.group.record_bytes
+    reads = attached.engine.reader_totals()["reads"]
+    return [wait, attached.seconds.selection, reads, records, size, *kernels.values()]
 
 
 def _checkpoint(folder: Path, sample: Sample) -> Path:
