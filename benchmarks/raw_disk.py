@@ -71,8 +71,8 @@ def record_speed(
 def ways_speed(store: Path, seconds: float, depth: int, density: float) -> dict[str, float]:
     """Bytes per second of wanted records of the smallest kind, by the way that they are read.
 
-    "alone": one read a record. "apart": through gaps, each record to a place of its own. "together":
-    through gaps, a read's records side by side, as the engine reads small ones.
+    "alone": one read a record. "apart": through gaps, each record to a place of its own.
+    "together": through gaps, a read's records side by side, as the engine reads small ones.
     """
     index = read_index(store)
     group = min(mlp_groups(index), key=lambda group: group.record_bytes)
