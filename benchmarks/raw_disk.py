@@ -4,12 +4,14 @@
 
 Reads, layer by layer, a random share of the records of each MLP group in the order of their
 offsets, one read a record: what decoding asks of the disk when nothing is cached, with the
-engine's own reader. Ends with one JSON line.
+engine's own reader. Then half as many of the smallest records, as many as miss a cache of half of
+them, read in three ways. Ends with one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import mmap
 import time
@@ -17,14 +19,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dipnet._native import Reader
 from dipnet.store.index import RECORDS_NAME, Group, Index, read_index
+from dipnet.store.reads import GAP_BYTES, READ_BYTES
 from dipnet.streaming.budget import CACHED
 
 CHUNK = 256  # reads that are handed over at a time
-BLOCK = 128 << 10  # bytes of a large read
 CHUNKS = 4  # buffers that are taken in turn; what is in them does not matter
+WAYS = ("alone", "apart", "together")
 
 
 def mlp_groups(index: Index) -> list[Group]:
@@ -44,10 +48,10 @@ def wanted(groups: list[Group], density: float, seed: int) -> Iterator[tuple[int
 
 
 def blocks(size: int, seed: int) -> Iterator[tuple[int, list[int]]]:
-    """The block's size and offsets of chunks of whole blocks of a file of so many bytes."""
+    """A large read's size and offsets of chunks of whole blocks of a file of so many bytes."""
     rng = np.random.default_rng(seed)
     while True:
-        yield BLOCK, (rng.integers(0, size // BLOCK, 64) * BLOCK).tolist()
+        yield READ_BYTES, (rng.integers(0, size // READ_BYTES, 64) * READ_BYTES).tolist()
 
 
 def record_speed(
@@ -62,7 +66,7 @@ def record_speed(
 def block_speed(store: Path, seconds: float = 2.0, depth: int = 128, seed: int = 0) -> float:
     """Bytes per second of large reads: what the disk can do; OSError when a read fails."""
     chunks = blocks(read_index(store).records_bytes, seed)
-    return read_speed(store, chunks, CHUNK * BLOCK, seconds, depth)
+    return read_speed(store, chunks, CHUNK * READ_BYTES, seconds, depth)
 
 
 def read_speed(
@@ -89,6 +93,66 @@ def read_speed(
     return speed
 
 
+def ways_speed(store: Path, seconds: float, depth: int, density: float) -> dict[str, float]:
+    """Bytes per second of wanted records of the smallest kind, by the way that they are read.
+
+    "alone": one read a record. "apart": through gaps, each record to a place of its own.
+    "together": through gaps, a read's records side by side, as the engine reads small ones.
+    """
+    index = read_index(store)
+    group = min(mlp_groups(index), key=lambda group: group.record_bytes)
+    reader = Reader(store / RECORDS_NAME, depth)
+    room = np.frombuffer(mmap.mmap(-1, CHUNKS * READ_BYTES * depth), np.uint8)
+    places = np.random.default_rng(0).permutation(len(room) // group.record_bytes)
+    room[:] = 0  # no page is new to a read
+    took, wanted = dict.fromkeys(WAYS, 0.0), 0
+    for seed in itertools.count():
+        units = np.flatnonzero(np.random.default_rng(seed).random(group.units) < density)
+        wanted += len(units) * group.record_bytes
+        for way in WAYS:
+            reads = list(destinations(way, units, group.record_bytes, room, places))
+            start = time.perf_counter()
+            for first, into in reads:
+                reader.submit(group.offset + first * group.record_bytes, into, 0)
+            while reader.outstanding:
+                reader.wait()
+            took[way] += time.perf_counter() - start
+        if sum(took.values()) > seconds:
+            return {way: wanted / spent for way, spent in took.items()}
+    raise AssertionError("counting does not end")
+
+
+def destinations(
+    way: str,
+    units: NDArray[np.intp],
+    record: int,
+    room: NDArray[np.uint8],
+    places: NDArray[np.int64],
+) -> Iterator[tuple[int, list[NDArray[np.uint8]]]]:
+    """The first unit of each read, and where its records and those in its gaps go."""
+    begun = 0
+    for first, last in runs(units.tolist(), record, alone=way == "alone"):
+        records = last - first + 1
+        if way == "apart":
+            at = [int(place) * record for place in places[begun : begun + records]]
+            yield first, [room[start : start + record] for start in at]
+        else:
+            yield first, [room[begun * record : (begun + records) * record]]
+        begun = (begun + records) % (len(places) - max(1, READ_BYTES // record))
+
+
+def runs(units: list[int], record: int, *, alone: bool) -> Iterator[tuple[int, int]]:
+    """The first and last unit of each read, by the engine's rule (dipnet.store.reads)."""
+    first = last = units[0]
+    for unit in units[1:]:
+        near = (unit - last - 1) * record <= GAP_BYTES
+        if alone or not near or (unit - first + 1) * record > READ_BYTES:
+            yield first, last
+            first = unit
+        last = unit
+    yield first, last
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("store", type=Path)
@@ -99,7 +163,11 @@ def main() -> None:
     speed = record_speed(args.store, args.seconds, args.depth, args.density)
     sizes = sorted({group.record_bytes for group in mlp_groups(read_index(args.store))})
     print(f"records of {sizes} bytes, depth {args.depth}: {speed / 1e6:.0f} MB/s")
-    print(json.dumps({"benchmark": "raw_disk", "record_bytes": sizes, "bytes_per_second": speed}))
+    ways = ways_speed(args.store, args.seconds, args.depth, args.density / 2)
+    for way, found in ways.items():
+        print(f"{sizes[0]} bytes, half as many, {way}: {found / 1e6:.0f} MB/s of what is wanted")
+    figures = {"record_bytes": sizes, "bytes_per_second": speed, "ways": ways}
+    print(json.dumps({"benchmark": "raw_disk", **figures}))
 
 
 if __name__ == "__main__":

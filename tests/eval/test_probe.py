@@ -10,10 +10,12 @@ import pytest
 
 from dipnet.errors import InputError
 from dipnet.eval import probe as whole
-from dipnet.eval.probe import Sample, probe
+from dipnet.eval import probe_decoding
+from dipnet.eval.probe import probe
+from dipnet.eval.probe_decoding import Sample
 from dipnet.sim.device import Device, load_device
 from dipnet.store.checksum import record_checksums, stored_checksums
-from dipnet.streaming import probe_disk, probe_records
+from dipnet.streaming import probe_disk, probe_reads, probe_records
 from dipnet.streaming.probe_disk import burst_offsets
 from dipnet.streaming.probe_records import fitted, regions, write_regions
 
@@ -34,10 +36,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe_records, "REGION_BYTES", 1 << 18)
     monkeypatch.setattr(probe_records, "COPIES", (1, 2))
     monkeypatch.setattr(probe_records, "CALLS", 4)
-    sizes = {"SCRATCH_BYTES": 8 << 20, "DISK_SECONDS": 0.05, "DRAM_BYTES": 1 << 20, "TRIES": 1}
+    sizes = {"SCRATCH_BYTES": 8 << 20, "DISK_SECONDS": 0.05, "DRAM_BYTES": 1 << 20}
     for name, value in sizes.items():
         monkeypatch.setattr(whole, name, value)
-    monkeypatch.setattr(whole, "SAMPLES", SAMPLES)
+    monkeypatch.setattr(probe_reads, "ROUNDS", 2)
+    monkeypatch.setattr(probe_decoding, "SAMPLES", SAMPLES)
+    monkeypatch.setattr(probe_decoding, "TRIES", 1)
 
 
 def ignore(_what: str, _share: float) -> None:
@@ -68,9 +72,9 @@ def check_plausible(device: Device) -> None:
     assert costs is not None
     assert set(costs.products) == {"int4", "int8", "bf16"}
     assert all(p.bandwidth > 1e4 for points in costs.products.values() for p in points[:1])
-    assert costs.token + costs.layer > 0
+    assert costs.token + costs.layer + costs.logit > 0
     assert costs.selection + costs.unit > 0
-    assert costs.submit > 0
+    assert costs.submit + costs.ask > 0
 
 
 @pytest.mark.usefixtures("small")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Sequence
 from dataclasses import astuple, replace
 
 import numpy as np
@@ -16,12 +17,15 @@ from dipnet.cache.belady import BLOCK
 from dipnet.errors import InputError
 from dipnet.sim.replay import POLICIES, Replay, replay
 from dipnet.sim.trace import TraceCache
+from dipnet.store.reads import GAP_BYTES
 from tests.sim.masked import Masked, masked, site
 
 each_policy = pytest.mark.parametrize("policy", POLICIES)
 
 WANTED = [{1, 3}, {1, 4}, {0, 1}, {0, 1}, {2, 3}, {0, 1, 2, 3, 4}, set(), {0}]
-# (hits, misses, admitted, runs) of every token, with two slots
+APART = GAP_BYTES + 512
+"""Bytes of records that are too large to read what lies between two of them."""
+# (hits, misses, admitted, reads) of every token, with two slots
 GOLDEN: dict[str, list[tuple[int, int, int, int]]] = {
     "none": [
         (0, 2, 0, 2),
@@ -66,13 +70,21 @@ GOLDEN: dict[str, list[tuple[int, int, int, int]]] = {
 }
 
 
+def replayed(trace: Masked, slots: Sequence[int], policy: str) -> Replay:
+    """With large records: a read takes in neighbours and nothing else."""
+    found = replay(trace, slots, policy, [APART] * len(trace.sites))
+    assert all((counts.records == counts.misses).all() for counts in found.counts)
+    return found
+
+
 def rows(found: Replay, at: int = 0) -> list[tuple[int, ...]]:
-    return list(zip(*(each.tolist() for each in astuple(found.counts[at])), strict=True))
+    """The counts of every token, but for the records."""
+    return list(zip(*(each.tolist() for each in astuple(found.counts[at])[:4]), strict=True))
 
 
 @each_policy
 def test_by_hand(policy: str) -> None:
-    found = replay(masked(WANTED, WANTED[::-1], WANTED), [2, 0, 2], policy)
+    found = replayed(masked(WANTED, WANTED[::-1], WANTED), [2, 0, 2], policy)
     golden = GOLDEN[policy]
     assert rows(found, 0) == rows(found, 2) == golden
     assert found.slots == ((0, 0, 0) if policy == "none" else (2, 0, 2))
@@ -96,21 +108,21 @@ def test_whole_sites_are_filled_first(policy: str) -> None:
     """As in the engine; attention is always held, the MLP not without a cache."""
     wanted = np.ones((3, 4), bool)
     trace = Masked([site(0, "mlp.in", 4), site(0, "attn.out", 4)], [wanted, wanted], 3)
-    found = replay(trace, [4, 4], policy)
+    found = replayed(trace, [4, 4], policy)
     held = [(4, 0, 0, 0)] * 3
     assert rows(found, 0) == ([(0, 4, 0, 1)] * 3 if policy == "none" else held)
     assert rows(found, 1) == held
 
 
 def test_bytes_and_rates() -> None:
-    """int8 records are 512 bytes for gate and up, 512 and 1024 for blocks of down; bf16 larger."""
+    """Of the second site 2 and 1 records are read, and one between the two of a token."""
     wanted = np.array([[1, 1, 0, 0], [1, 0, 1, 0]], bool)
     sites = [site(0, "mlp.in", 4), site(0, "mlp.hidden", 4, block=4)]
-    found = replay(Masked(sites, [wanted, wanted[::-1]], 2), [2, 2], "lru")
+    found = replay(Masked(sites, [wanted, wanted[::-1]], 2), [2, 2], "lru", [512, 1024])
     assert [row[:2] for row in rows(found, 0)] == [(0, 2), (1, 1)]
-    assert found.bytes("int8") == 3 * 512 + 3 * 1024
-    assert found.bytes("bf16") == 3 * 1024 + 3 * 1536
-    assert found.bytes_per_token("int8") == 3 * 256 + 3 * 512
+    assert [row[:2] for row in rows(found, 1)] == [(0, 2), (1, 1)]
+    assert [counts.records.tolist() for counts in found.counts] == [[2, 1], [3, 1]]
+    assert found.bytes == 3 * 512 + 4 * 1024
     assert found.hit_rate() == found.hit_rate("mlp.in") == 0.25
     assert found.hit_rate("mlp.neuron") is None
 
@@ -118,18 +130,18 @@ def test_bytes_and_rates() -> None:
 def test_a_rate_is_of_weights() -> None:
     """All that is wanted of the hidden site is resident, and its units weigh twice as much."""
     sites = [site(0, "mlp.in", 1), site(0, "mlp.hidden", 1, block=4)]
-    found = replay(Masked(sites, [np.ones((1, 1), bool)] * 2, 1), [0, 1], "lfu")
+    found = replayed(Masked(sites, [np.ones((1, 1), bool)] * 2, 1), [0, 1], "lfu")
     assert found.hit_rate("mlp.in") == 0
     assert found.hit_rate("mlp.hidden") == 1
     assert found.hit_rate() == pytest.approx(2 / 3)
 
 
 def test_nothing_wanted() -> None:
-    found = replay(masked([set(), set()]), [2], "lfu")
+    found = replayed(masked([set(), set()]), [2], "lfu")
     assert found.hit_rate() is None
-    assert found.bytes("int4") == 0
-    empty = replay(Masked([site(0, "mlp.in", 3)], [np.ones((0, 3), bool)], 0), [1], "belady")
-    assert (empty.tokens, empty.bytes_per_token("int4")) == (0, 0.0)
+    assert found.bytes == 0
+    empty = replayed(Masked([site(0, "mlp.in", 3)], [np.ones((0, 3), bool)], 0), [1], "belady")
+    assert (empty.tokens, empty.bytes) == (0, 0)
 
 
 @st.composite
@@ -147,7 +159,7 @@ def traces(draw: st.DrawFn) -> tuple[int, Masked]:
 @given(case=traces())
 def test_belady_never_loses(case: tuple[int, Masked]) -> None:
     slots, trace = case
-    found = {policy: replay(trace, [slots], policy) for policy in POLICIES}
+    found = {policy: replayed(trace, [slots], policy) for policy in POLICIES}
     assert found["belady"].hits == max(each.hits for each in found.values())
     assert found["none"].hits == 0
     assert len({each.hits + each.misses for each in found.values()}) == 1
@@ -165,27 +177,29 @@ def test_counts_are_the_caches_own(case: tuple[int, Masked], policy: str) -> Non
         counts = cache.access(row)
         missed = np.sort(cache.missed)
         expected.append((*counts, len(missed) and 1 + int((np.diff(missed) > 1).sum())))
-    assert rows(replay(trace, [slots], policy)) == expected
+    assert rows(replayed(trace, [slots], policy)) == expected
 
 
 def test_masks_decided_with_a_cache_fit_no_other() -> None:
     plain = masked(WANTED, WANTED)
     aware = replace(plain, cache=TraceCache("lfu", (2, 3), 0.2))
-    assert rows(replay(aware, [2, 3], "lfu")) == GOLDEN["lfu"]
+    assert rows(replayed(aware, [2, 3], "lfu")) == GOLDEN["lfu"]
     for slots, policy in [([2, 3], "lru"), ([2, 2], "lfu"), ([2, 3], "none"), ([2, 3], "belady")]:
         with pytest.raises(InputError, match=r"^the masks .* policy lfu and the trace's own slots"):
-            replay(aware, slots, policy)
+            replayed(aware, slots, policy)
 
 
 def test_bad_arguments() -> None:
     trace = masked(WANTED)
     with pytest.raises(InputError, match=r"unknown cache policy 'lruu'.*belady, lfu, lru, none"):
-        replay(trace, [2], "lruu")
+        replayed(trace, [2], "lruu")
     with pytest.raises(InputError, match="slots are for 2 sites and the trace has 1"):
-        replay(trace, [2, 2], "lru")
+        replayed(trace, [2, 2], "lru")
+    with pytest.raises(InputError, match="record_bytes are for 2 sites and the trace has 1"):
+        replay(trace, [2], "lru", [APART, APART])
     for slots in (-1, 6):
         with pytest.raises(InputError, match=rf"mlp.in of layer 0 cannot have {slots} slots.* 5 "):
-            replay(trace, [slots], "none")
+            replayed(trace, [slots], "none")
 
 
 def test_progress_ends_with_all() -> None:
@@ -193,7 +207,7 @@ def test_progress_ends_with_all() -> None:
     sites = [site(layer, "mlp.in", 3) for layer in range(2)]
     seen: list[tuple[int, int]] = []
     trace = Masked(sites, [np.ones((tokens, 3), bool)] * 2, tokens)
-    replay(trace, [1, 1], "lru", progress=lambda *done: seen.append(done))
+    replay(trace, [1, 1], "lru", [APART] * 2, lambda *done: seen.append(done))
     ends = (BLOCK, tokens, tokens + BLOCK, 2 * tokens)
     assert seen == [(done, 2 * tokens) for done in ends]
 
@@ -207,7 +221,7 @@ def test_memory_does_not_grow_with_the_trace(policy: str) -> None:
         trace = Masked([site(0, "mlp.in", 200)], [made], tokens)
         tracemalloc.start()
         try:
-            replay(trace, [80], policy)
+            replayed(trace, [80], policy)
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from dipnet.methods.base import Method
 from dipnet.models.load import load_model
 from dipnet.pack.packing import pack
 from dipnet.sim.replay import Replay, replay
-from dipnet.sim.sizes import divide_slots
+from dipnet.sim.sizes import divide_slots, unit_bytes
 from dipnet.sim.trace import Trace, open_trace
 from dipnet.store.index import read_index
 from dipnet.streaming.attach import streamed
@@ -61,8 +62,12 @@ def same(found: Replay, model: PreTrainedModel) -> None:
         assert engine.slots[site.key] == slots
         assert (counts.hits.sum(), counts.misses.sum()) == (totals["hits"], totals["misses"])
         assert counts.misses.sum() == totals["read"]
-    assert found.bytes(engine.index.weights) == stats.bytes_read
-    assert sum(int(counts.runs.sum()) for counts in found.counts) == stats.reads
+    assert found.bytes == stats.bytes_read
+    assert sum(int(counts.reads.sum()) for counts in found.counts) == stats.reads
+
+
+def replayed(trace: Trace, slots: Sequence[int], policy: str, weights: str) -> Replay:
+    return replay(trace, slots, policy, [unit_bytes(site, weights) for site in trace.sites])
 
 
 @each_policy
@@ -76,7 +81,7 @@ def test_the_engines_counts(store: Path, tmp_path: Path, policy: str, share: flo
     trace = recorded(model, tmp_path / "trace")
     assert trace.tokens == TOKENS + 1
     weights = read_index(store).weights
-    found = replay(trace, divide_slots(trace.sites, weights, cache), policy)
+    found = replayed(trace, divide_slots(trace.sites, weights, cache), policy, weights)
     same(found, model)
     whole = [slots == site.units for slots, site in zip(found.slots, found.sites, strict=True)]
     assert (all(whole), any(whole)) == (share == 1, share >= 0.94)
@@ -90,8 +95,9 @@ def test_a_cache_aware_method(store: Path, tmp_path: Path, policy: str) -> None:
     model = dipnet.load(store, dipnet.DIP(0.5, cache_aware=0.3), **options)
     trace = recorded(model, tmp_path / "trace")
     assert trace.cache is not None
-    assert list(trace.cache.slots) == divide_slots(trace.sites, read_index(store).weights, cache)
-    same(replay(trace, trace.cache.slots, trace.cache.policy), model)
+    weights = read_index(store).weights
+    assert list(trace.cache.slots) == divide_slots(trace.sites, weights, cache)
+    same(replayed(trace, trace.cache.slots, trace.cache.policy, weights), model)
 
 
 @each_policy
@@ -101,7 +107,8 @@ def test_a_dense_prompt_leaves_the_caches_cold(store: Path, tmp_path: Path, poli
     model = dipnet.load(store, dipnet.DIP(0.4), cache=cache, policy=policy, look_ahead=False)
     trace = recorded(model, tmp_path / "trace", prompt=9)
     assert trace.tokens == TOKENS
-    found = replay(trace, divide_slots(trace.sites, read_index(store).weights, cache), policy)
+    weights = read_index(store).weights
+    found = replayed(trace, divide_slots(trace.sites, weights, cache), policy, weights)
     for site, counts in zip(found.sites, found.counts, strict=True):
         totals = streamed(model).engine.totals(site.key)
         assert (counts.hits.sum(), counts.misses.sum()) == (totals["hits"], totals["misses"])
@@ -119,7 +126,7 @@ def test_evaluation_and_the_engine_count_alike(tmp_path: Path, policy: str) -> N
         counted = dipnet.usage(model).cache()
     trace = open_trace(tmp_path / "trace")
     assert trace.cache is not None
-    found = replay(trace, trace.cache.slots, policy)
+    found = replayed(trace, trace.cache.slots, policy, "int4")
     keys = [f"{site.layer}.{site.name}" for site in found.sites]
     by_site = dict(zip(keys, found.counts, strict=True))
     assert {name: counts.hits.sum() for name, counts in by_site.items()} == counted.hits

@@ -278,6 +278,7 @@ def show_decoding(stats: Stats, seconds: float) -> None:
 
 LABELS = {
     "selection": "selection",
+    "guessing": "guessing",
     "disk": "waiting for disk",
     "kernels": "kernels",
     "other": "everything else",
@@ -286,7 +287,7 @@ LABELS = {
 
 def _parts(stats: Stats, seconds: float) -> dict[str, float]:
     """The decoding's seconds by what they went to; together they are all of them."""
-    known = {name: getattr(stats, name) for name in ("selection", "disk", "kernels")}
+    known = {name: getattr(stats, name) for name in LABELS if name != "other"}
     return {**known, "other": max(0.0, seconds - sum(known.values()))}
 
 

@@ -161,6 +161,7 @@ nb::dict reader_totals(const Engine& engine) {
 }  // namespace
 
 void bind_engine(nb::module_& m) {
+  m.attr("BATCH") = Engine::kBatch;
   static PyObject* error = nullptr;
   // No OSError: that keeps two of its arguments only.
   nb::object made =
@@ -196,7 +197,8 @@ void bind_engine(nb::module_& m) {
       .def("columns", &columns, nb::arg("h"), nb::arg("y").noconvert())
       .def("totals", &totals)
       .def("reader_totals", &reader_totals)
-      .def("reset_totals", &Engine::reset_totals);
+      .def("reset_totals", &Engine::reset_totals)
+      .def_prop_ro("frame_bytes", &Engine::frame_bytes);
   m.def("instruction_set", &dipnet::instruction_set);
   m.def("use_instruction_set", [](const std::string& name) {
     dipnet::use_instruction_set(name.c_str());

@@ -46,6 +46,8 @@ nb::ndarray<nb::numpy, std::int32_t, nb::ndim<2>> count_reads(
 void bind_store(nb::module_& m) {
   m.def("record_checksums", &record_checksums, nb::arg("records").noconvert(), nb::kw_only(),
         nb::arg("group"), nb::arg("first_unit"));
+  m.attr("READ_BYTES") = dipnet::kReadBytes;
+  m.attr("GAP_BYTES") = dipnet::kGapBytes;
   m.def("count_reads", &count_reads, nb::arg("missed").noconvert(), nb::kw_only(),
         nb::arg("record_bytes"));
 }

@@ -11,8 +11,6 @@
 namespace dipnet {
 namespace {
 
-// Records that are multiplied together while others are on their way.
-constexpr std::size_t kBatch = 64;
 // The staging's part of the memory for records on their way.
 constexpr std::size_t kStagingShare = 4;
 // Records in memory that are multiplied before the disk's queue is looked after again: a few

@@ -41,6 +41,9 @@ struct RecordError : std::runtime_error {
 // caller has activated what these made, columns.
 class Engine {
  public:
+  // Records that are multiplied together while others are on their way.
+  static constexpr std::size_t kBatch = 64;
+
   // `frame_bytes` of memory for records on their way: the staging, and frames of the largest record.
   Engine(std::unique_ptr<Reader> reader, std::size_t threads, std::size_t frame_bytes,
          std::size_t largest_record);
@@ -85,6 +88,9 @@ class Engine {
   std::pair<std::size_t, std::size_t> result_shape() const;
 
   void reset_totals();
+
+  // The frames' memory, half of which guesses may take.
+  std::size_t frame_bytes() const { return frame_count_ * frame_bytes_; }
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -166,6 +172,7 @@ class Engine {
   std::vector<Flight> flights_;
   std::vector<std::size_t> free_flights_;
   std::vector<Done> done_;
+  std::uint64_t brought_ = 0;  // bytes of records that were asked for: without the gaps between them
 
   // The request.
   bool running_ = false;

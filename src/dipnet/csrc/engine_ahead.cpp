@@ -36,9 +36,9 @@ void Engine::prefetch(std::size_t site, const bool* wanted, const float* score, 
 
 // How many of a site's records the disk delivers while it would otherwise wait for its request.
 std::size_t Engine::idle_records(std::size_t site) const {
-  const ReaderTotals totals = reader_->totals();
-  if (totals.busy_seconds <= 0) return 0;
-  const double bytes = idle_[site] * static_cast<double>(totals.bytes) / totals.busy_seconds;
+  const double busy = reader_->totals().busy_seconds;
+  if (busy <= 0) return 0;
+  const double bytes = idle_[site] * static_cast<double>(brought_) / busy;
   return static_cast<std::size_t>(bytes / static_cast<double>(sites_[site].layout.record_bytes));
 }
 

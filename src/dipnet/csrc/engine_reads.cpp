@@ -153,6 +153,7 @@ std::int32_t Engine::land(const Done& done) {
   }
   const std::size_t record_bytes = s.layout.record_bytes;
   std::int32_t lost = kNone;
+  if (!done.error) brought_ += flight.pieces.size() * record_bytes;
   for (const Piece& piece : flight.pieces) {
     const bool ours = running_ && flight.site == active_ && wanted_[piece.unit];
     if (piece.frame != kNone && s.frame_of[piece.unit] != piece.frame) {

@@ -13,13 +13,14 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from dipnet.cache import Cache, CacheSettings, CacheSlots
 from dipnet.errors import InputError
 from dipnet.methods.base import Method, SiteKey
-from dipnet.models.backends import choose
+from dipnet.models.backends import choose, out_of_memory
 from dipnet.models.caching import CacheState, SiteCache, check_not_recomputed
 from dipnet.models.calls import Calls
 from dipnet.models.decoding import Decoding
@@ -83,7 +84,13 @@ def sparsify(
         raise InputError(f"cache is a dipnet.CacheSettings such as share=0.5, not {cache!r}")
     attachment = Attachment(Decoder(model), method, prefill, cache=cache)
     attachment.choose_backend(backend, kept_inputs)
-    attachment.attach()
+    try:
+        attachment.attach()
+    except torch.OutOfMemoryError:
+        if attachment.decoding is None or not out_of_memory(backend):
+            raise
+        attachment.decoding = None
+        attachment.attach()
     return model
 
 
@@ -184,7 +191,7 @@ class Attachment:
             for layer in self.layers:
                 self._swap_weights(layer)
             if self.decoding is not None:
-                self._undo += self.decoding.attach()
+                self.decoding.attach(self._undo)
         except BaseException:
             self.detach()
             raise

@@ -68,6 +68,18 @@ def _why_not(
     return None
 
 
+def out_of_memory(backend: str) -> bool:
+    """The GPU's memory did not hold a matrix in another order beside the model: says so once.
+
+    True where "auto" may go on with the reference. Raises BackendError for a backend by name.
+    """
+    reason = "has no memory left for one more matrix on the GPU: free some, or take a smaller model"
+    if backend != "auto":
+        raise BackendError(f"backend {backend!r} {reason}") from None
+    _warn(reason)
+    return True
+
+
 @cache
 def _warn(reason: str) -> None:
     warnings.warn(f"masks are applied by the reference: backend 'gpu' {reason}", stacklevel=4)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dipnet.sim.device import Device
+from dipnet.sim.groups import Array, Group, pinned_groups
 from dipnet.sim.shape import ModelShape
 from dipnet.sim.sizes import (
     is_streamed,
@@ -24,18 +25,16 @@ from dipnet.sim.sizes import (
     unit_stride,
 )
 from dipnet.sim.trace import TraceSite
-from dipnet.sim.walk import READ_BYTES, Group, Walk, pinned_groups
+from dipnet.sim.walk import Walk
 from dipnet.store.geometry import Weights
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class SiteLoad:
     """What every token asked of one site: (tokens,) units that were hits and misses.
 
-    ``reads`` counts the runs of neighbouring misses, each of which is one read. ``masked`` is False
-    for a group of which every token wants everything.
+    The misses take ``reads`` reads of ``records`` records, with those in the gaps. ``masked`` is
+    False for a group of which every token wants everything.
     """
 
     site: TraceSite
@@ -43,6 +42,7 @@ class SiteLoad:
     hits: NDArray[np.number]
     misses: NDArray[np.number]
     reads: NDArray[np.number]
+    records: NDArray[np.number]
     masked: bool = True
 
     @property
@@ -57,7 +57,7 @@ class SiteLoad:
 
     @property
     def missed_bytes(self) -> Array:
-        """(tokens,) bytes that are read from Flash."""
+        """(tokens,) bytes that were wanted and not in memory."""
         return np.asarray(self.misses * float(self.record_bytes))
 
     def group(self) -> Group:
@@ -74,6 +74,7 @@ class SiteLoad:
             hits=np.asarray(self.hits, np.float64),
             misses=np.asarray(self.misses, np.float64),
             reads=np.asarray(self.reads, np.float64),
+            records=np.asarray(self.records, np.float64),
         )
 
 
@@ -108,6 +109,16 @@ def seconds(
     return deciding + (walk.token(recall or {}) if look_ahead else walk.token(None))
 
 
+def flash_bytes(device: Device, load: SiteLoad) -> Array:
+    """(tokens,) bytes that are read from Flash: what is missed, and the gaps between it.
+
+    Without a curve small reads are as fast as long ones, and nobody would read a gap.
+    """
+    if not device.flash.curve:
+        return load.missed_bytes
+    return np.asarray(load.records * float(load.record_bytes))
+
+
 def _of_bytes(device: Device, shape: ModelShape, loads: Sequence[SiteLoad], past: Array) -> Array:
     """The time of a token's bytes: all that it touches in memory, what it misses in Flash."""
     touched = pinned_bytes(shape, loads[0].weights) + past * kv_bytes(shape, 1)
@@ -115,7 +126,6 @@ def _of_bytes(device: Device, shape: ModelShape, loads: Sequence[SiteLoad], past
     for load in loads:
         if is_streamed(load.site):
             touched = touched + load.wanted_bytes
-        reads = np.maximum(load.reads, load.missed_bytes / READ_BYTES)
-        flash += device.flash.seconds(reads, load.missed_bytes)
+        flash += device.flash.seconds(np.asarray(load.reads, np.float64), flash_bytes(device, load))
     dram = device.dram.latency + touched / device.dram.bandwidth
     return np.maximum(dram, flash) if device.overlap else dram + flash

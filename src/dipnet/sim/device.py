@@ -6,6 +6,7 @@ it is trusted. docs/devices.md explains every field.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
@@ -138,10 +139,12 @@ class EngineCosts(BaseModel):
 
     Of a token: ``token`` and ``logit`` for each entry of the vocabulary. Of a layer: ``layer``,
     ``number`` for each number of its activations (width and neurons), ``key`` for each key or value
-    that attention reads. Of one call of a group: ``call``, ``channel``, ``row``. Of a mask:
-    ``selection``, ``unit``, and ``exchange`` more where records come and go. Of a read: ``submit``
-    until it is on its way and ``land`` when it has come; its records are verified at ``check``
-    bytes/s. ``products`` has points for each kind of weights, in the order of ``working_bytes``.
+    that attention reads. Of a group's product: ``call``, besides its columns. Of a mask:
+    ``selection``, ``unit``, and ``exchange`` more where records come and go; to guess it ``guess``
+    more, not counting reads. Of a read: ``submit``
+    until it is on its way and ``land`` when it has come; of a record that is read: ``ask`` and
+    ``take``, likewise, and its copy and check at ``check`` bytes/s. ``products`` has points for
+    each kind of weights, in the order of ``working_bytes``.
     """
 
     model_config = _SETTINGS
@@ -152,13 +155,14 @@ class EngineCosts(BaseModel):
     number: Seconds
     key: Seconds
     call: Seconds
-    channel: Seconds
-    row: Seconds
     selection: Seconds
     unit: Seconds
     exchange: Seconds
+    guess: Seconds
     submit: Seconds
     land: Seconds
+    ask: Seconds
+    take: Seconds
     check: Positive
     frame_bytes: Bytes
     products: dict[Weights, tuple[Product, ...]]
@@ -180,13 +184,17 @@ class EngineCosts(BaseModel):
             raise InputError(
                 f"the device has no figures for {kind} weights: measure it again with dipnet probe"
             )
-        points = self.products[kind]
-        at = np.log([point.working_bytes for point in points])
-        column, byte = (
-            float(np.interp(np.log(max(working, 1.0)), at, values))
-            for values in ([p.column for p in points], [1 / p.bandwidth for p in points])
-        )
-        return column, byte
+        return columns_cost(self.products[kind], working)
+
+
+def columns_cost(points: Sequence[Product], working: float) -> tuple[float, float]:
+    """Seconds of a column and of a byte, between ``points`` in the order of their bytes."""
+    at = np.log([point.working_bytes for point in points])
+    column, byte = (
+        float(np.interp(np.log(max(working, 1.0)), at, values))
+        for values in ([p.column for p in points], [1 / p.bandwidth for p in points])
+    )
+    return column, byte
 
 
 class Device(BaseModel):

@@ -20,7 +20,8 @@ from dipnet.cache.belady import BLOCK, Belady, Masks
 from dipnet.cache.scratch import scratch_array
 from dipnet.errors import InputError
 from dipnet.registry import unknown
-from dipnet.sim.sizes import is_streamed, unit_bytes
+from dipnet.sim.sizes import is_streamed
+from dipnet.store.reads import count_reads
 
 if TYPE_CHECKING:
     from dipnet.sim.trace import TraceCache, TraceSite
@@ -66,23 +67,25 @@ class SiteCounts:
     """What the tokens did at one site, (tokens,) int32 each.
 
     Of the units that a token wanted ``hits`` were in memory and ``misses`` not; ``admitted``
-    misses were kept, the others used and given up. ``runs`` counts the misses with neighbours
-    taken together: each run of them lies in one piece on disk.
+    misses were kept, the others used and given up. The misses took ``reads`` reads, of
+    ``records`` records: what lies between misses that are near is read, too.
     """
 
     hits: NDArray[np.int32]
     misses: NDArray[np.int32]
     admitted: NDArray[np.int32]
-    runs: NDArray[np.int32]
+    reads: NDArray[np.int32]
+    records: NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class Replay:
-    """What a replay found; ``slots`` and ``counts`` belong to the ``sites``, one each."""
+    """What a replay found; ``slots``, ``record_bytes`` and ``counts`` belong to the ``sites``."""
 
     sites: tuple[TraceSite, ...]
     policy: str
     slots: tuple[int, ...]
+    record_bytes: tuple[int, ...]
     tokens: int
     counts: tuple[SiteCounts, ...]
 
@@ -96,15 +99,11 @@ class Replay:
         """Wanted units that had to be read."""
         return sum(int(counts.misses.sum(dtype=np.int64)) for counts in self.counts)
 
-    def bytes(self, weights: str) -> int:
-        """Bytes that were read, in records of such weights."""
-        missed = [int(counts.misses.sum(dtype=np.int64)) for counts in self.counts]
-        sizes = [unit_bytes(site, weights) for site in self.sites]
-        return sum(n * size for n, size in zip(missed, sizes, strict=True))
-
-    def bytes_per_token(self, weights: str) -> float:
-        """Bytes that a token reads in the mean; 0 where there is no token."""
-        return self.bytes(weights) / self.tokens if self.tokens else 0.0
+    @property
+    def bytes(self) -> int:
+        """Bytes that were read."""
+        read = [int(counts.records.sum(dtype=np.int64)) for counts in self.counts]
+        return sum(n * size for n, size in zip(read, self.record_bytes, strict=True))
 
     def hit_rate(self, name: str | None = None) -> float | None:
         """The share of the wanted units' weights that was in memory, of the sites of one name or
@@ -119,10 +118,15 @@ class Replay:
 
 
 def replay(
-    trace: Masked, slots: Sequence[int], policy: str, progress: Progress | None = None
+    trace: Masked,
+    slots: Sequence[int],
+    policy: str,
+    record_bytes: Sequence[int],
+    progress: Progress | None = None,
 ) -> Replay:
     """The trace through a cache at every site, with so many ``slots`` each, empty at first.
 
+    The ``record_bytes`` of each site decide which misses one read takes in (`sizes.unit_bytes`).
     As in the engine, a site whose units all have a slot is filled before the first token. Under
     "none" nothing that can be streamed has a slot, whatever ``slots`` says. Tokens are taken in
     blocks and counts go to a temporary file, so that memory does not grow with the trace.
@@ -130,21 +134,24 @@ def replay(
     Raises InputError when the policy is unknown, the slots do not fit the sites, there is no room
     for the temporary files, or a cache-aware method decided the masks with another cache.
     """
-    _check(trace, slots, policy)
+    _check(trace, slots, policy, record_bytes)
     held = [_held(site, given, policy) for site, given in zip(trace.sites, slots, strict=True)]
-    room = scratch_array((len(held), 4, trace.tokens), np.int32)
+    room = scratch_array((len(held), 5, trace.tokens), np.int32)
     for at, (site, given) in enumerate(zip(trace.sites, held, strict=True)):
         masks = partial(trace.masks, at)
         cache = _cache(site.units, given, policy, trace.tokens, masks)
-        for done in _replay_site(cache, masks, room[at]):
+        for done in _replay_site(cache, masks, record_bytes[at], room[at]):
             if progress is not None:
                 progress(at * trace.tokens + done, len(held) * trace.tokens)
     counts = tuple(SiteCounts(*each) for each in room)
-    return Replay(tuple(trace.sites), policy, tuple(held), trace.tokens, counts)
+    sizes = tuple(record_bytes)
+    return Replay(tuple(trace.sites), policy, tuple(held), sizes, trace.tokens, counts)
 
 
-def _replay_site(cache: _Cache, masks: Masks, counts: NDArray[np.int32]) -> Iterator[int]:
-    """Fill in the (4, tokens) counts of a site; yields the tokens done after every block."""
+def _replay_site(
+    cache: _Cache, masks: Masks, record_bytes: int, counts: NDArray[np.int32]
+) -> Iterator[int]:
+    """Fill in the (5, tokens) counts of a site; yields the tokens done after every block."""
     tokens = counts.shape[1]
     resident = cache.resident
     for start in range(0, tokens, BLOCK):
@@ -156,15 +163,8 @@ def _replay_site(cache: _Cache, masks: Masks, counts: NDArray[np.int32]) -> Iter
             np.greater(row, resident, out=missed[at])
             found[at] = cache.access(row)
         counts[:3, start:stop] = found.T
-        counts[3, start:stop] = _runs(missed)
+        counts[3:, start:stop] = count_reads(missed, record_bytes=record_bytes).T
         yield stop
-
-
-def _runs(missed: NDArray[np.bool_]) -> list[int]:
-    """How many runs of neighbouring units each row of (tokens, units) has."""
-    begins = missed.copy()
-    np.greater(missed[:, 1:], missed[:, :-1], out=begins[:, 1:])
-    return [int(np.count_nonzero(row)) for row in begins]
 
 
 def _cache(units: int, slots: int, policy: str, tokens: int, masks: Masks) -> _Cache:
@@ -181,14 +181,15 @@ def _held(site: TraceSite, slots: int, policy: str) -> int:
     return 0 if policy == "none" and is_streamed(site) else int(slots)
 
 
-def _check(trace: Masked, slots: Sequence[int], policy: str) -> None:
+def _check(trace: Masked, slots: Sequence[int], policy: str, record_bytes: Sequence[int]) -> None:
     if policy not in POLICIES:
         raise unknown("cache policy", policy, POLICIES)
-    if len(slots) != len(trace.sites):
-        raise InputError(
-            f"slots are for {len(slots)} sites and the trace has {len(trace.sites)}: give a number "
-            "for each of its sites"
-        )
+    for name, each in (("slots", slots), ("record_bytes", record_bytes)):
+        if len(each) != len(trace.sites):
+            raise InputError(
+                f"{name} are for {len(each)} sites and the trace has {len(trace.sites)}: give a "
+                "number for each of its sites"
+            )
     for site, given in zip(trace.sites, slots, strict=True):
         if not 0 <= given <= site.units:
             raise InputError(

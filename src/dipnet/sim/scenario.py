@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dipnet.errors import InputError
-from dipnet.sim.clock import SiteLoad, seconds
+from dipnet.sim.clock import SiteLoad, flash_bytes, seconds
 from dipnet.sim.device import Device
 from dipnet.sim.replay import Progress, SiteCounts, replay
 from dipnet.sim.shape import ModelShape
@@ -28,6 +28,7 @@ from dipnet.sim.sizes import (
 from dipnet.sim.target import Key, Target, place, same_depth
 from dipnet.sim.trace import Trace, TraceSite
 from dipnet.store.geometry import Weights
+from dipnet.store.reads import READ_BYTES
 from dipnet.units import size_text
 
 Array = NDArray[np.float64]
@@ -194,7 +195,8 @@ class Run:
             density=_density(self.target.shape, streamed),
             hit_rate=1 - missed / wanted if wanted else None,
             hit_rates=_by_name(streamed),
-            bytes_per_token=missed / len(took),
+            bytes_per_token=sum(float(flash_bytes(device, load).sum()) for load in streamed)
+            / len(took),
             tokens_per_second=len(took) / float(took.sum()),
             tokens=len(took),
         )
@@ -236,8 +238,13 @@ def _whole_loads(
         if held < site.units:  # what fits whole is read before the first token
             hits[0] = 0.0
         misses = site.units - hits
-        reads = (misses > 0).astype(np.float64)
-        yield SiteLoad(site, scenario.weights, hits, misses, reads, masked=False)
+        reads = _side_by_side(misses, unit_bytes(site, scenario.weights))
+        yield SiteLoad(site, scenario.weights, hits, misses, reads, misses, masked=False)
+
+
+def _side_by_side(records: Array, record_bytes: int) -> Array:
+    """(tokens,) reads of so many records, all of them neighbours."""
+    return np.ceil(records / max(1, READ_BYTES // record_bytes))
 
 
 def _masked_loads(
@@ -249,17 +256,31 @@ def _masked_loads(
 ) -> Iterator[SiteLoad]:
     """What the trace's masks want, hit and miss, at the sizes of the target's sites."""
     theirs = source_slots(target, slots, trace.shape.layers, trace.sites)
-    counted = replay(trace, theirs, scenario.policy, progress)
-    for site, at in zip(target.sites, target.sources, strict=True):
+    sizes = {at: unit_bytes(site, scenario.weights) for site, at in _sourced(target)}
+    records = [sizes.get(at, unit_bytes(s, scenario.weights)) for at, s in enumerate(trace.sites)]
+    counted = replay(trace, theirs, scenario.policy, records, progress)
+    for site, at in _sourced(target):
         yield _load(site, scenario.weights, counted.counts[at], trace.sites[at])
+
+
+def _sourced(target: Target) -> Iterator[tuple[TraceSite, int]]:
+    """The target's sites, and the number of the trace's site that stands for each."""
+    return zip(target.sites, target.sources, strict=True)
 
 
 def _load(site: TraceSite, weights: Weights, counts: SiteCounts, source: TraceSite) -> SiteLoad:
     """The counts of a recorded site, in a site of another number of units."""
     if site.units == source.units:  # as they are, in their file
-        return SiteLoad(site, weights, counts.hits, counts.misses, counts.runs)
+        return SiteLoad(site, weights, counts.hits, counts.misses, counts.reads, counts.records)
     scale = site.units / source.units
-    return SiteLoad(site, weights, counts.hits * scale, counts.misses * scale, counts.runs * scale)
+    return SiteLoad(
+        site,
+        weights,
+        counts.hits * scale,
+        counts.misses * scale,
+        counts.reads * scale,
+        counts.records * scale,
+    )
 
 
 def _positions(trace: Trace | None, tokens: int) -> Array:

@@ -6,107 +6,18 @@ The steps and their order are those of docs/streaming.md; what overlaps there ov
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dipnet.sim.device import EngineCosts, Tier
+from dipnet.sim.groups import HEAD, Array, Group, Key
 from dipnet.sim.shape import ModelShape
-from dipnet.store.geometry import Weights, column_stride, padded_outputs, record_bytes
+from dipnet.store.geometry import Weights
 
-READ_BYTES = 128 << 10
-"""The engine's longest read: a longer run of neighbours is several (csrc/engine.cpp)."""
 BATCH = 64
 """Records that the engine verifies and multiplies together when they have arrived."""
 RECALL = 0.7
 """Share of the guesses that are right, where nobody measured it."""
-HEAD = "head"
-
-Array = NDArray[np.float64]
-Key = tuple[int, str]
-
-
-@dataclass
-class Group:
-    """The records of one group, and how many each of the (tokens,) finds, misses and reads.
-
-    ``early`` records were read ahead and are right; they are there at ``early_end``, in seconds
-    from the token's beginning.
-    """
-
-    layer: int
-    name: str
-    units: int
-    block: int
-    rows: int
-    stride: int
-    record_bytes: int
-    masked: bool
-    hits: Array
-    misses: Array
-    reads: Array
-    early: Array | float = 0.0
-    early_end: Array | float = 0.0
-
-    @property
-    def channels(self) -> int:
-        """The inputs of its product."""
-        return self.units * self.block
-
-    @property
-    def streamed(self) -> bool:
-        """Whether anything of it is ever read."""
-        return bool(self.misses.any())
-
-    def read(self, records: Array) -> tuple[Array, Array]:
-        """The reads and bytes of so many of the misses."""
-        size = records * self.record_bytes
-        share = np.divide(records, self.misses, out=np.zeros_like(size), where=self.misses > 0)
-        return np.maximum(self.reads * share, size / READ_BYTES), size
-
-
-def held_group(
-    layer: int, name: str, channels: int, rows: int, weights: Weights, density: float, like: Array
-) -> Group:
-    """A group in memory, of which each of the (tokens,) ``like`` wants a share ``density``.
-
-    A mask decides which, when it is not all.
-    """
-    stride = column_stride(weights, padded_outputs(rows))
-    hits, none = np.full_like(like, density * channels), np.zeros_like(like)
-    return Group(
-        layer=layer,
-        name=name,
-        units=channels,
-        block=1,
-        rows=rows,
-        stride=stride,
-        record_bytes=record_bytes(stride, 1),
-        masked=density < 1,
-        hits=hits,
-        misses=none,
-        reads=none,
-    )
-
-
-def pinned_groups(shape: ModelShape, weights: Weights, like: Array) -> list[Group]:
-    """Attention's groups and the head's: always in memory, wanted whole by the (tokens,) ``like``.
-
-    The head's layer is the number of layers.
-    """
-    of = shape.matrices
-    reads = of["q"][0] + of["k"][0] + of["v"][0]
-    head_inputs = min(shape.width, shape.other_weights // shape.vocabulary)
-    sizes = []
-    for layer in range(shape.layers):
-        sizes += [
-            (layer, "attn.in", of["q"][1], reads),
-            (layer, "attn.out", of["o"][1], of["o"][0]),
-        ]
-    if head_inputs:
-        sizes.append((shape.layers, HEAD, head_inputs, shape.vocabulary))
-    return [held_group(*size, weights, 1.0, like) for size in sizes]
 
 
 class Walk:
@@ -133,15 +44,16 @@ class Walk:
         largest = max(group.record_bytes for group in groups.values())
         self.held = costs.multiplying(weights, resident)
         self.arrived = costs.multiplying(weights, BATCH * largest)
-        self.frame_bytes = costs.frame_bytes // 2 // largest * largest
+        self.frame_bytes = costs.frame_bytes // 2 // largest * largest  # what guesses may take
         self.rate = self._rate()
 
     def _rate(self) -> float:
-        """Bytes/s of the disk while it reads."""
+        """Bytes/s of wanted records that the disk brings while it reads."""
         streamed = [group for group in self.groups.values() if group.streamed]
         asked = [group.read(group.misses) for group in streamed]
         took = sum(float(self.flash.seconds(reads, size).sum()) for reads, size in asked)
-        return sum(float(size.sum()) for _, size in asked) / took if took else 0.0
+        wanted = sum(float((group.misses * group.record_bytes).sum()) for group in streamed)
+        return wanted / took if took else 0.0
 
     def token(self, recall: Mapping[str, float] | None) -> Array:
         """(tokens,) seconds; ``recall`` by the sites' name when it reads ahead, None: it does not.
@@ -181,9 +93,8 @@ class Walk:
     def _selecting(self, group: Group) -> float:
         return self.costs.selection + self.costs.unit * group.units if group.masked else 0.0
 
-    def _calling(self, group: Group) -> float:
-        costs = self.costs
-        return costs.call + costs.channel * group.channels + costs.row * group.rows
+    def _guessing(self, group: Group) -> float:
+        return self._selecting(group) + self.costs.guess
 
     def _multiplying(self, group: Group, records: Array, cost: tuple[float, float]) -> Array:
         column, byte = cost
@@ -191,7 +102,7 @@ class Walk:
 
     def _all_held(self, group: Group) -> Array:
         held = self._multiplying(group, group.hits, self.held)
-        return self._selecting(group) + self._calling(group) + held
+        return self._selecting(group) + self.costs.call + held
 
     def _read_ahead(self, group: Group, idle: Array) -> None:
         """Read guessed records, as many as the disk brings in the ``idle`` time."""
@@ -201,18 +112,18 @@ class Walk:
         right = 1.0
         if group.masked and group.name != "mlp.neuron":  # a predictor's masks are no guess
             right = self.recall.get(group.name, RECALL)
-            self.now += self._selecting(group)
+            self.now += self._guessing(group)
             most = np.minimum(most, idle * self.rate / group.record_bytes)
         records = np.minimum(group.misses, most)
         reads, size = group.read(records)
         self.disk = np.maximum(self.now, self.disk) + self.flash.seconds(reads, size)
-        self.now += reads * self.costs.submit
+        self.now += reads * self.costs.submit + records * self.costs.ask
         group.early, group.early_end = right * records, self.disk
 
     def _call(self, group: Group, ahead: Group | None = None) -> None:
         """The product of one group; ``ahead`` is guessed while its records arrive."""
         costs = self.costs
-        self.now += self._selecting(group) + self._calling(group)
+        self.now += self._selecting(group) + costs.call
         if group.streamed and group.masked:
             self.now += costs.exchange
         multiplied = self._multiplying(group, group.hits, self.held)
@@ -225,9 +136,9 @@ class Walk:
         there = np.where(missing > 0, asked + self.flash.seconds(reads, size), 0.0)
         self.disk = np.maximum(self.disk, there)
         there = np.maximum(there, group.early_end)
-        self.now += reads * costs.submit
+        self.now += reads * costs.submit + missing * costs.ask
         arriving = self._multiplying(group, group.misses, self.arrived) + reads * costs.land
-        arriving += group.misses * group.record_bytes / costs.check
+        arriving += group.misses * (costs.take + group.record_bytes / costs.check)
         last = np.minimum(1.0, BATCH / np.maximum(group.misses, 1.0))
         if self.ordered:  # float sums wait for the first record before they multiply the second
             arriving += multiplied
@@ -242,7 +153,5 @@ class Walk:
         """Guess another group from what is there: for the neurons, their activation as it is."""
         if self.recall is None or not group.streamed or (group.masked and self.ordered):
             return
-        made = self.costs.number * group.channels + self.costs.row * group.channels
-        if group.masked:
-            self.now += made
-        self._read_ahead(group, made + np.full_like(self.now, self._selecting(group)))
+        idle = self.costs.number * group.channels + self._selecting(group)
+        self._read_ahead(group, np.full_like(self.now, idle))

@@ -30,7 +30,8 @@ def count_reads(missed: NDArray[np.bool_], *, record_bytes: int) -> NDArray[np.i
 
 def reference_count_reads(missed: NDArray[np.bool_], *, record_bytes: int) -> NDArray[np.int32]:
     """The same in plain Python: the definition."""
-    return np.array([_counted(np.flatnonzero(row), record_bytes) for row in missed], np.int32)
+    counts = [_counted(np.flatnonzero(row), record_bytes) for row in missed]
+    return np.array(counts, np.int32).reshape(-1, 2)
 
 
 def _counted(units: NDArray[np.intp], record_bytes: int) -> tuple[int, int]:

@@ -156,9 +156,9 @@ class Streamed:
             # bf16 multiplies nothing before all is there: there is nothing to guess from.
             guesses = self.engine.index.weights != "bf16"
             early = partial(self._early_hidden, layer) if guesses else None
-            reads.look_ahead = LookAhead(hidden, early)
+            reads.look_ahead = LookAhead(hidden, early, self.seconds)
         if not reads.held:
-            ahead = LookAhead(reads, None)
+            ahead = LookAhead(reads, None, self.seconds)
             norm = self.decoder.module(layer, self.decoder.family.mlp_norm)
             self._before_attention(layer, ahead, norm)
             if layer and reads.masks is None:
@@ -170,7 +170,7 @@ class Streamed:
         if group.held:
             return
         if group.masks is None:
-            ahead = LookAhead(group, None)
+            ahead = LookAhead(group, None, self.seconds)
             self._before_attention(layer, ahead, nn.Identity())
             if layer:
                 self.groups[layer - 1, "mlp.neuron"].look_ahead = ahead
@@ -210,7 +210,7 @@ def _before_attention(
 ) -> None:
     x = args[0] if args else kwargs["hidden_states"]
     if x.shape[:-1].numel() == 1:
-        ahead.with_input(norm(x.reshape(1, -1)))
+        ahead.with_input(lambda: norm(x.reshape(1, -1)))
 
 
 def _alone(forward: Callable[..., Any], turn: AbstractContextManager[Any]) -> Callable[..., Any]:

@@ -31,9 +31,10 @@ TOKENS = 64
 
 @dataclass
 class Seconds:
-    """Time spent outside the native core."""
+    """Time spent outside the native core, on masks and on guesses of them."""
 
     selection: float = 0.0
+    guessing: float = 0.0
 
 
 class EngineCache:

@@ -5,6 +5,7 @@ A guess only reads records ahead into frames. Masks, caches and results are the 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from dipnet.streaming.linear import RecordGroup
+    from dipnet.streaming.linear import RecordGroup, Seconds
 
 
 class LookAhead:
@@ -23,27 +24,31 @@ class LookAhead:
     there is nothing to make it from.
     """
 
-    def __init__(self, group: RecordGroup, early: Callable[[], Tensor] | None) -> None:
+    def __init__(
+        self, group: RecordGroup, early: Callable[[], Tensor] | None, seconds: Seconds
+    ) -> None:
         self.group = group
+        self.seconds = seconds
         self.early = early
         self._all = torch.ones(group.group.units, dtype=torch.bool)
         self._scores = torch.ones(group.group.units)
 
-    def with_input(self, x: Tensor) -> None:
-        """Read ahead for ``x``, a (1, channels) guess of the group's input."""
-        masks = self.group.masks
-        if masks is None:
+    def with_input(self, make: Callable[[], Tensor]) -> None:
+        """Read ahead for what ``make`` gives, a (1, channels) guess of the group's input."""
+        if self.group.masks is None:
             self._certain()
-        else:
-            mask, scores = masks.guess(x)
-            self.group.engine.prefetch(self.group.key, mask, scores)
+            return
+        begun = time.perf_counter()
+        mask, scores = self.group.masks.guess(make())
+        self.seconds.guessing += time.perf_counter() - begun
+        self.group.engine.prefetch(self.group.key, mask, scores)
 
     def during(self) -> None:
         """Read ahead while another group's records arrive."""
         if self.group.masks is None:
             self._certain()
         elif self.early is not None:
-            self.with_input(self.early())
+            self.with_input(self.early)
 
     def _certain(self) -> None:
         self.group.engine.prefetch(self.group.key, self._all, self._scores, certain=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -24,24 +24,11 @@ SECTOR = 512
 GAP = 3
 """A burst's reads lie so many times their size apart on average, as the records of a mask do."""
 LEAST_ROUNDS = 5
-UNDISTURBED = 0.2
-"""The quantile that counts of what is repeated: other programs, and other guests of a host, make it
-slower at times and never faster."""
-
 Progress = Callable[[float], object]
 """Called with the share that is done, 0 to 1."""
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What a disk showed: its curve, and the CPU's seconds for a read's request and for its end."""
-
-    curve: tuple[Point, ...]
-    submit: float
-    land: float
-
-
-def probe_disk(path: Path, seconds: float, progress: Progress) -> Reading:
+def probe_disk(path: Path, seconds: float, progress: Progress) -> tuple[Point, ...]:
     """The curve of the file at ``path``, measured for ``seconds`` and five rounds at least.
 
     Every round asks for one burst at each point, so that all see the same disk. Raises InputError
@@ -63,16 +50,9 @@ def probe_disk(path: Path, seconds: float, progress: Progress) -> Reading:
         rounds += 1
         share = max(rounds / LEAST_ROUNDS, 0.0), (time.perf_counter() - begun) / seconds
         progress(min(1.0, *share))
-    submit, land = _handling(reader, rng, room)
-    curve = tuple(
-        Point(read_bytes=s, depth=d, bandwidth=s * d / undisturbed(took[s, d])) for s, d in points
+    return tuple(
+        Point(read_bytes=s, depth=d, bandwidth=s * d / median(took[s, d])) for s, d in points
     )
-    return Reading(curve, submit, land)
-
-
-def undisturbed(seconds: Sequence[float]) -> float:
-    """What something takes that was done again and again, when nobody is in its way."""
-    return float(np.quantile(seconds, UNDISTURBED))
 
 
 def burst_offsets(
@@ -93,27 +73,6 @@ def burst(reader: Any, offsets: NDArray[np.int64], room: NDArray[np.uint8]) -> f
     while reader.outstanding:
         _check(reader.wait())
     return time.perf_counter() - start
-
-
-def _handling(
-    reader: Any, rng: np.random.Generator, room: NDArray[np.uint8]
-) -> tuple[float, float]:
-    """Seconds of the caller's own for a read: to ask for it, and to take it when it has come."""
-    depth, size = max(DEPTHS), SIZES[1]
-    asking, taking = [], []
-    for _ in range(LEAST_ROUNDS):
-        offsets = burst_offsets(rng, reader.file_bytes, size, depth).tolist()
-        start = time.perf_counter()
-        reader.submit_rows(offsets, _rows(room, depth, size), 0)
-        asking.append((time.perf_counter() - start) / depth)
-        time.sleep(0.05)  # by then all has come
-        start = time.perf_counter()
-        landed = reader.poll()
-        taking.append((time.perf_counter() - start) / max(1, len(landed)))
-        _check(landed)
-        while reader.outstanding:
-            _check(reader.wait())
-    return undisturbed(asking), undisturbed(taking)
 
 
 def _check(done: list[tuple[int, int, int]]) -> None:

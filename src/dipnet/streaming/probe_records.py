@@ -1,4 +1,4 @@
-"""What the engine's own steps cost here: products, calls, the check of records.
+"""What products cost here, by the kind of the weights.
 
 Measured with the native engine on records of random weights, a region of the scratch file for each
 kind of weights and each length of a column. Sites that read the same region hold copies of it, so
@@ -7,18 +7,18 @@ that more memory is in use than the file has.
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, median
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dipnet.sim.device import Product
-from dipnet.store.checksum import record_checksums, seal
+from dipnet.store.checksum import seal
 from dipnet.store.geometry import (
     GROUP_ALIGNMENT,
     WEIGHTS,
@@ -29,7 +29,6 @@ from dipnet.store.geometry import (
     weight_bytes,
 )
 from dipnet.streaming.engine import DEPTH, FRAME_BYTES, default_threads
-from dipnet.streaming.probe_disk import undisturbed
 
 REGION_BYTES = 4 << 20
 OUTPUTS = (512, 2048, 8192)
@@ -91,35 +90,10 @@ def write_regions(file: BinaryIO, rng: np.random.Generator) -> None:
         file.write(records.tobytes())
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Seconds of the engine's steps, as `EngineCosts` has them."""
-
-    call: float
-    channel: float
-    row: float
-    check: float
-    products: dict[Weights, tuple[Product, ...]]
-
-
-def probe_records(path: Path) -> Iterator[Costs | None]:
-    """Measure all costs, yielding None after each part of the work and the costs at its end."""
-    measured = []
-    products: dict[Weights, tuple[Product, ...]] = {}
-    for weights in WEIGHTS:
-        ours = [region for region in regions() if region.weights == weights]
-        points = []
-        for copies in COPIES:
-            runs = [_Run(path, region, copies) for region in ours]
-            measured += [(run.region, run.rest) for run in runs if copies == 1]
-            points.append(_product(runs))
-            yield None
-        products[weights] = tuple(points)
-    call, channel, row = fitted(
-        [(1.0, region.units, region.outputs) for region, _ in measured],
-        [rest for _, rest in measured],
-    )
-    yield Costs(call, channel, row, _checking(), products)
+def probe_products(path: Path, weights: Weights) -> tuple[Product, ...]:
+    """What columns of one kind cost, in the order of the bytes that are used in turn."""
+    ours = [region for region in regions() if region.weights == weights]
+    return tuple(_product([_Run(path, region, copies) for region in ours]) for copies in COPIES)
 
 
 def _product(runs: Sequence[_Run]) -> Product:
@@ -127,7 +101,7 @@ def _product(runs: Sequence[_Run]) -> Product:
     column, byte = fitted(
         [(1.0, run.region.stride) for run in runs], [run.kernel / run.wanted for run in runs]
     )
-    working = statistics.mean(run.copies * run.wanted * run.region.stride for run in runs)
+    working = mean(run.copies * run.wanted * run.region.stride for run in runs)
     return Product(working_bytes=round(working), column=column, bandwidth=1 / max(byte, 1e-15))
 
 
@@ -148,10 +122,10 @@ def fitted(terms: Sequence[tuple[float, ...]], values: Sequence[float]) -> list[
     return [made.get(at, 0.0) for at in range(table.shape[1])]
 
 
-class _Sites:
-    """A native engine with some sites on one region, and what a token asks of them."""
+class Sites:
+    """A native engine with some sites on one region; ``slots`` of its records have a place."""
 
-    def __init__(self, path: Path, region: Region, copies: int) -> None:
+    def __init__(self, path: Path, region: Region, copies: int, slots: int) -> None:
         from dipnet import _native
 
         self.region = region
@@ -164,16 +138,12 @@ class _Sites:
             largest_record=region.record_bytes,
         )
         scale = None if region.weights == "bf16" else np.ones(region.units, np.float32)
-        self.sites = [self._add(scale) for _ in range(copies)]
-        for site in self.sites:
-            self.engine.access(site, np.ones(region.units, bool))
-            self.engine.load(site)
+        self.sites = [self._add(scale, slots) for _ in range(copies)]
         rng = np.random.default_rng(0)
-        self.masks = rng.random((MASKS, 1, region.units)) < KEPT
         self.x = rng.standard_normal((1, region.units)).astype(np.float32)
         self.y = np.empty((1, region.outputs), np.float32)
 
-    def _add(self, scale: NDArray[np.float32] | None) -> int:
+    def _add(self, scale: NDArray[np.float32] | None, slots: int) -> int:
         region = self.region
         return self.engine.add(
             kind=region.weights,
@@ -186,42 +156,50 @@ class _Sites:
             offset=region.offset,
             group=0,
             scale=scale,
-            slots=region.units,
-            policy="lfu",
+            slots=slots,
+            policy="lru",
         )
 
-    def call(self, number: int) -> tuple[float, float]:
-        """One product: its seconds in the kernels, and all others."""
-        site, mask = self.sites[number % len(self.sites)], self.masks[number % MASKS]
+    def call(self, number: int, mask: NDArray[np.bool_], pause: float = 0.0) -> Called:
+        """One product with a (1, units) mask; ``pause`` seconds pass before its end."""
+        site = self.sites[number % len(self.sites)]
         self.engine.access(site, mask[0])
-        before = self.engine.totals(site)["kernels"]
+        begin = self._timed(site, lambda: self.engine.begin(site, self.x, mask))
+        time.sleep(pause)
+        end = self._timed(site, lambda: self.engine.finish(self.y))
+        return Called(begin[0] + end[0], begin[1], end[1])
+
+    def _timed(self, site: int, call: Callable[[], object]) -> tuple[float, float]:
+        """Seconds of a call in the kernels, and all others but those of waiting for the disk."""
+        before = self.engine.totals(site)
         start = time.perf_counter()
-        self.engine.begin(site, self.x, mask)
-        self.engine.finish(self.y)
+        call()
         took = time.perf_counter() - start
-        kernel = self.engine.totals(site)["kernels"] - before
-        return kernel, took - kernel
+        after = self.engine.totals(site)
+        kernels, wait = (after[name] - before[name] for name in ("kernels", "wait"))
+        return kernels, took - kernels - wait
+
+
+@dataclass(frozen=True)
+class Called:
+    """Seconds of a product: in the kernels, and all others until it has begun and at its end."""
+
+    kernels: float
+    begin: float
+    end: float
 
 
 class _Run:
     """Products with records that are all in memory, ``copies`` of a region in turn."""
 
     def __init__(self, path: Path, region: Region, copies: int) -> None:
-        sites = _Sites(path, region, copies)
-        calls = [sites.call(number) for number in range(copies + CALLS)][copies:]
+        sites = Sites(path, region, copies, region.units)
+        masks = np.random.default_rng(0).random((MASKS, 1, region.units)) < KEPT
+        for site in sites.sites:
+            sites.engine.access(site, np.ones(region.units, bool))
+            sites.engine.load(site)
+        calls = [sites.call(at, masks[at % MASKS]) for at in range(copies + CALLS)][copies:]
         self.region = region
         self.copies = copies
-        self.wanted = float(sites.masks.sum() / MASKS)
-        self.kernel = undisturbed([kernel for kernel, _ in calls])
-        self.rest = undisturbed([rest for _, rest in calls])
-
-
-def _checking() -> float:
-    """Bytes/s of records that all threads together compare with their checksums."""
-    records = np.ones((REGION_BYTES >> 12, 4096), np.uint8)
-    took = []
-    for _ in range(MASKS):
-        start = time.perf_counter()
-        record_checksums(records, group=0, first_unit=0)
-        took.append(time.perf_counter() - start)
-    return records.nbytes / undisturbed(took) * default_threads()
+        self.wanted = float(masks.sum() / MASKS)
+        self.kernel = median(call.kernels for call in calls)

@@ -60,14 +60,15 @@ class Stats:
     """What a model did since its counts were reset; times in seconds, sizes in bytes.
 
     ``total`` is the time inside forward calls. It divides into ``selection`` (scores, masks, the
-    caches' bookkeeping), ``disk`` (waiting for records with nothing to compute), ``kernels``
-    (products) and ``other`` (the rest of the model). ``disk_busy`` is the time in which a read was
-    under way, whatever else went on.
+    caches' bookkeeping), ``guessing`` (of masks, to read ahead), ``disk`` (waiting for records with
+    nothing to compute), ``kernels`` (products) and ``other`` (the rest of the model). ``disk_busy``
+    is the time in which a read was under way, whatever else went on.
     """
 
     calls: int
     total: float
     selection: float
+    guessing: float
     disk: float
     kernels: float
     other: float
@@ -105,7 +106,7 @@ class Recorder:
         """Start counting anew."""
         self._calls = 0
         self._total = 0.0
-        self._seconds.selection = 0.0
+        self._seconds.selection = self._seconds.guessing = 0.0
         self._engine.reset_totals()
         self._reader = self._engine.reader_totals()
 
@@ -128,6 +129,7 @@ class Recorder:
         reader = self._engine.reader_totals()
         parts = {
             "selection": self._seconds.selection + _sum(totals, "bookkeeping"),
+            "guessing": self._seconds.guessing,
             "disk": _sum(totals, "wait"),
             "kernels": _sum(totals, "kernels"),
         }

@@ -72,7 +72,9 @@ def test_families_whose_keys_are_not_known(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_no_such_backend() -> None:
-    with pytest.raises(BackendError, match="no backend 'fast'; there are: auto, reference, skip, gpu"):
+    with pytest.raises(
+        BackendError, match="no backend 'fast'; there are: auto, reference, skip, gpu"
+    ):
         dipnet.sparsify(shared("llama"), dipnet.DIP(0.5), backend="fast")
 
 

@@ -5,7 +5,7 @@ What Hugging Face's modules compute in a step, and what our own decode loop does
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from dipnet.models.decoding.sites import Kept, SiteStep
 from dipnet.models.decoding.stacked import Stacked
 from dipnet.models.families import Decoder
 
+Undo = list[Callable[[], None]]
 ACTIVATIONS = {
     "relu": "relu",
     "silu": "silu",
@@ -30,8 +31,9 @@ ACTIVATIONS = {
 class Inputs:
     """Linear layers that share an input, which a site may thin (``site``, or None: all is read)."""
 
-    def __init__(self, modules: Sequence[nn.Linear], site: SiteStep | None) -> None:
+    def __init__(self, modules: Sequence[nn.Linear], site: SiteStep | None, undo: Undo) -> None:
         self.stacked = Stacked(modules, turned=site is not None)
+        undo.append(self.stacked.undo)
         self.site = site
 
     def kept(self, x: Tensor) -> Kept | None:
@@ -68,15 +70,18 @@ class MLP:
     whole, or before any of it is (``residual``: all that a neuron has is skipped).
     """
 
-    def __init__(self, decoder: Decoder, layer: int, sites: Mapping[str, SiteStep]) -> None:
+    def __init__(
+        self, decoder: Decoder, layer: int, sites: Mapping[str, SiteStep], undo: Undo
+    ) -> None:
         self.names = decoder.spec.input_matrices
         self.activation = ACTIVATIONS[decoder.spec.activation]
         self.neurons = sites.get("mlp.hidden") or sites.get("mlp.neuron")
         paths = dict.fromkeys(decoder.family.path(name) for name in self.names)
         modules = [decoder.module(layer, path) for path in paths]
-        self.inputs = Inputs(modules, sites.get("mlp.in"))
+        self.inputs = Inputs(modules, sites.get("mlp.in"), undo)
         down = decoder.holder(layer, "down")
         self.down = Stacked([down], turned=self.neurons is not None)
+        undo.append(self.down.undo)
 
     @property
     def thinned(self) -> bool:
@@ -161,16 +166,15 @@ class MLP:
 
 
 class Block:
-    """All products of one decoder layer."""
+    """All products of one decoder layer. ``undo`` gets what gives its weights the order back."""
 
-    def __init__(self, decoder: Decoder, layer: int, sites: Mapping[str, SiteStep]) -> None:
+    def __init__(
+        self, decoder: Decoder, layer: int, sites: Mapping[str, SiteStep], undo: Undo
+    ) -> None:
         paths = dict.fromkeys(decoder.family.path(name) for name in "qkv")
-        self.qkv = Inputs([decoder.module(layer, path) for path in paths], sites.get("attn.in"))
+        projections = [decoder.module(layer, path) for path in paths]
+        self.qkv = Inputs(projections, sites.get("attn.in"), undo)
         self.heads = sites.get("attn.head")
-        self.out = Inputs([decoder.holder(layer, "o")], self.heads or sites.get("attn.out"))
-        self.mlp = MLP(decoder, layer, sites)
-
-    def undo(self) -> None:
-        """The weights in memory as they were."""
-        for stacked in (self.qkv.stacked, self.out.stacked, self.mlp.inputs.stacked, self.mlp.down):
-            stacked.undo()
+        out = decoder.holder(layer, "o")
+        self.out = Inputs([out], self.heads or sites.get("attn.out"), undo)
+        self.mlp = MLP(decoder, layer, sites, undo)

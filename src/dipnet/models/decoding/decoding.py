@@ -65,18 +65,18 @@ class Decoding:
         """What a copy gets: its graph it captures itself."""
         return {**vars(self), "_replay": None}
 
-    def attach(self) -> list[Callable[[], None]]:
-        """Put the weights where the products want them, and the products in the model."""
-        undo: list[Callable[[], None]] = []
+    def attach(self, undo: list[Callable[[], None]]) -> None:
+        """Put the weights where the products want them, and the products in the model.
+
+        What undoes a change is in ``undo`` as soon as it is made: memory may run out.
+        """
+        undo.append(self._forget)
+        self.usage.steps = self.counts
         for layer in range(self.decoder.spec.layers):
             sites = {name: step for (at, name), step in self.sites.items() if at == layer}
-            block = Block(self.decoder, layer, sites)
+            block = Block(self.decoder, layer, sites, undo)
             self.blocks.append(block)
-            undo.append(block.undo)
             undo += LayerModules(self, self.decoder, layer, block).attach()
-        self.usage.steps = self.counts
-        undo.append(self._forget)
-        return undo
 
     def _forget(self) -> None:
         self._replay = None

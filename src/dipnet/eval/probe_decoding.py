@@ -1,0 +1,253 @@
+"""What a token costs besides products and reads: random decoders that generate text tell.
+
+They differ in one thing each, and generate as `dipnet run` does, so that everything is as cold, and
+threads are as asleep, as they are between a model's operations.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from dipnet.eval.generate import generate
+from dipnet.methods.dip import DIP
+from dipnet.models.load import DEFAULT_MODEL, LoadedModel, load_tokenizer
+from dipnet.pack.packing import pack
+from dipnet.sim.device import Product, columns_cost
+from dipnet.store.geometry import Weights
+from dipnet.store.index import Index, read_index
+from dipnet.streaming.attach import streamed
+from dipnet.streaming.budget import CACHED
+from dipnet.streaming.load import load
+from dipnet.streaming.probe_reads import ReadCosts
+from dipnet.streaming.probe_records import fitted
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A random decoder and a text to measure."""
+
+    width: int
+    neurons: int
+    layers: int
+    vocabulary: int
+    prompt: int
+
+    @property
+    def terms(self) -> tuple[float, ...]:
+        """How often a token pays for itself, a layer, a number, a logit and a key."""
+        keys = self.layers * self.width // 2 * (self.prompt + NEW_TOKENS / 2)
+        numbers = self.layers * (self.width + self.neurons)
+        return 1.0, self.layers, numbers, self.vocabulary, keys
+
+    @property
+    def masks(self) -> int:
+        """Of a token."""
+        return 2 * self.layers
+
+    @property
+    def units(self) -> int:
+        """Of all masks of a token."""
+        return self.layers * (self.width + self.neurons)
+
+
+SAMPLES = (
+    Sample(256, 1024, 2, 8192, 16),
+    Sample(256, 1024, 8, 8192, 16),
+    Sample(1024, 4096, 2, 8192, 16),
+    Sample(256, 1024, 2, 65536, 16),
+    Sample(256, 1024, 8, 8192, 512),
+)
+"""The differences: layers, width, vocabulary, tokens that attention reads."""
+NEW_TOKENS = 24
+TRIES = 4
+"""Of each text that is generated; one more warms up."""
+KEPT = 0.5
+HEAD_SIZE = 64
+WEIGHTS: Weights = "int4"
+
+Progress = Callable[[float], object]
+"""Called with the share of the work that is done."""
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds of a token's steps, as `EngineCosts` has them."""
+
+    token: float
+    layer: float
+    number: float
+    logit: float
+    key: float
+    call: float
+    selection: float
+    unit: float
+    exchange: float
+    guess: float
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """A sample's token: seconds in all, of the model without waiting, for masks, of products.
+
+    ``kernels`` by their group's name; ``reading`` is the known part of the processor's work on
+    reads.
+    """
+
+    total: float
+    working: float
+    selection: float
+    reading: float
+    kernels: Mapping[str, float]
+
+
+def decoding_costs(
+    folder: Path,
+    products: Mapping[Weights, tuple[Product, ...]],
+    reads: ReadCosts,
+    progress: Progress,
+) -> StepCosts:
+    """Make the samples in a folder, let them generate, and divide what their tokens take."""
+    held: list[_Timed] = []
+    calls: list[float] = []
+    exchanges: list[float] = []
+    guesses: list[float] = []
+    for at, sample in enumerate(SAMPLES):
+        progress(at / len(SAMPLES))
+        store = folder / str(at)
+        pack(str(_checkpoint(folder / f"model-{at}", sample)), store, WEIGHTS)
+        index = read_index(store)
+        memory = _timed(store, sample, reads)
+        alone = _timed(store, sample, reads, cache=_half(index), look_ahead=False)
+        ahead = _timed(store, sample, reads, cache=_half(index), look_ahead=True)
+        held.append(memory)
+        calls += _calls(index, memory, products[WEIGHTS])
+        exchanges.append(_more(alone, memory) / sample.masks)
+        guesses.append((_more(ahead, alone) - memory.selection) / sample.masks)
+    others = [max(t.total - t.selection - sum(t.kernels.values()), 1e-9) for t in held]
+    token, layer, number, logit, key = fitted([sample.terms for sample in SAMPLES], others)
+    counts = [(sample.masks, sample.units) for sample in SAMPLES]
+    selection, unit = fitted(counts, [t.selection for t in held])
+    call, exchange, guess = (max(0.0, median(costs)) for costs in (calls, exchanges, guesses))
+    return StepCosts(token, layer, number, logit, key, call, selection, unit, exchange, guess)
+
+
+def _more(one: _Timed, other: _Timed) -> float:
+    """Seconds that the processor works more in one than in the other, but for known reads."""
+    return (one.working - one.reading) - (other.working - other.reading)
+
+
+def _calls(index: Index, timed: _Timed, products: tuple[Product, ...]) -> Iterator[float]:
+    """What a product of each group takes beyond its columns."""
+    kept = {group.key: KEPT if group.name in CACHED else 1.0 for group in index.groups}
+    working = sum(kept[group.key] * group.bytes for group in index.groups)
+    column, byte = columns_cost(products, working)
+    for name, seconds in timed.kernels.items():
+        groups = [group for group in index.groups if group.name == name]
+        columns = kept[groups[0].key] * groups[0].channels
+        yield seconds / len(groups) - columns * (column + byte * groups[0].stride)
+
+
+def _half(index: Index) -> int:
+    """Bytes of half of the records that may be streamed."""
+    return sum(group.bytes for group in index.groups if group.name in CACHED) // 2
+
+
+def _timed(
+    store: Path,
+    sample: Sample,
+    costs: ReadCosts,
+    *,
+    cache: int | None = None,
+    look_ahead: bool = False,
+) -> _Timed:
+    """Let a sample generate, with everything in memory or a ``cache``."""
+    method = DIP(input_density=KEPT, hidden_density=KEPT)
+    context = sample.prompt + NEW_TOKENS
+    model = load(store, method, cache=cache, context=context, look_ahead=look_ahead)
+    loaded = LoadedModel("probe", model, load_tokenizer(DEFAULT_MODEL), WEIGHTS)
+    prompt = torch.arange(3, 3 + sample.prompt)[None]
+    totals: list[float] = []
+    for number in range(1 + TRIES):
+        took = generate(loaded, prompt, max_new_tokens=NEW_TOKENS).token_seconds
+        totals += took if number else ()
+    names: list[str] = list(dict.fromkeys(group.name for group in read_index(store).groups))
+    with _watched(model, names) as calls:
+        for _ in range(TRIES):
+            generate(loaded, prompt, max_new_tokens=NEW_TOKENS)
+    spent = np.array(calls).reshape(TRIES, NEW_TOKENS, -1)[:, 1:]  # the first is the prompt's
+    spent = spent.reshape(-1, spent.shape[-1])
+    seconds, wait, selection, reads, records, size, *kernels = spent.T
+    reading = reads * (costs.submit + costs.land) + records * (costs.ask + costs.take)
+    return _Timed(
+        median(totals),
+        float(np.median(seconds - wait)),
+        float(np.median(selection)),
+        float(np.median(reading + size / costs.check)),
+        {name: float(np.median(each)) for name, each in zip(names, kernels, strict=True)},
+    )
+
+
+@contextmanager
+def _watched(model: PreTrainedModel, names: list[str]) -> Iterator[list[NDArray[np.float64]]]:
+    """What each call inside the block takes: seconds, and all that `_spent` has."""
+    took: list[NDArray[np.float64]] = []
+
+    def begin(*_: Any) -> None:
+        spent = _spent(model, names)
+        took.append(-np.array([time.perf_counter(), *spent]))
+
+    def end(*_: Any) -> None:
+        now = time.perf_counter()
+        took[-1] += [now, *_spent(model, names)]
+
+    hooks = model.register_forward_pre_hook(begin), model.register_forward_hook(end)
+    try:
+        yield took
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _spent(model: PreTrainedModel, names: list[str]) -> list[float]:
+    """So far: seconds of waiting and for masks; reads, records, their bytes; kernels by name."""
+    attached = streamed(model)
+    kernels = dict.fromkeys(names, 0.0)
+    wait = records = size = 0.0
+    for (_, name), group in attached.groups.items():
+        totals = attached.engine.totals(group.key)
+        kernels[name] += totals["kernels"]
+        wait += totals["wait"]
+        records += totals["read"] + totals["guessed"]
+        size += (totals["read"] + totals["guessed"]) * group.group.record_bytes
+    reads = attached.engine.reader_totals()["reads"]
+    return [wait, attached.seconds.selection, reads, records, size, *kernels.values()]
+
+
+def _checkpoint(folder: Path, sample: Sample) -> Path:
+    """A random decoder, whose text never ends by itself."""
+    config = LlamaConfig(
+        hidden_size=sample.width,
+        intermediate_size=sample.neurons,
+        num_hidden_layers=sample.layers,
+        num_attention_heads=sample.width // HEAD_SIZE,
+        num_key_value_heads=sample.width // HEAD_SIZE // 2,
+        head_dim=HEAD_SIZE,
+        vocab_size=sample.vocabulary,
+        max_position_embeddings=2 * (max(s.prompt for s in SAMPLES) + NEW_TOKENS),
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    return folder
