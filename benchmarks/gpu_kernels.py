@@ -10,7 +10,7 @@ in the same run. Prints a table and ends with one JSON line.
 import json
 
 import torch
-from gpu_timing import DEVICE, LISTS, graph_us, in_turn, lists, read_bandwidth
+from gpu_timing import DEVICE, LISTS, graph_us, in_turn, lists, need_gpu, read_bandwidth
 from torch import Tensor
 from torch.nn import functional
 
@@ -59,14 +59,15 @@ def products(inputs: int, outputs: int, bandwidth: float) -> list[dict[str, floa
     return found
 
 
-def selections() -> list[dict[str, float | str]]:
-    """Exact top-k of magnitudes, half of them, against torch.topk."""
+def selections(bandwidth: float) -> list[dict[str, float | str]]:
+    """Exact top-k of magnitudes, half of them, against torch.topk; bytes take next to no time."""
     found = []
     for n in UNITS:
         scores = [random(1, n) for _ in range(4)]
         us = graph_us(lambda i, s=scores, n=n: gpu.topk_indices(s[i % 4], n // 2), 40)
         theirs = graph_us(lambda i, s=scores, n=n: s[i % 4].abs().topk(n // 2), 40)
-        found.append(row(f"top-k indices, n = {n}", us, theirs, float("nan")))
+        limit = (2 * n + 4 * (n // 2)) / bandwidth * 1e6
+        found.append(row(f"top-k indices, n = {n}", us, theirs, limit))
     return found
 
 
@@ -99,11 +100,12 @@ def mlp(bandwidth: float) -> list[dict[str, float | str]]:
 
 
 def main() -> None:
+    need_gpu()
     torch.manual_seed(0)
     bandwidth = read_bandwidth()
     print(f"{torch.cuda.get_device_name()}: reads {bandwidth / 1e9:.0f} GB/s")
     print(f"{'':44s} {'us':>8s} {'PyTorch':>8s} {'faster':>7s} {'limit':>8s} {'share':>7s}")
-    rows = mlp(bandwidth) + selections()
+    rows = mlp(bandwidth) + selections(bandwidth)
     for inputs, outputs in SHAPES + TEAL_SHAPES:
         rows += products(inputs, outputs, bandwidth)
     named = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}

@@ -14,6 +14,12 @@ LISTS = 7
 REPLAYS = 5
 
 
+def need_gpu() -> None:
+    """End with one line where there is no GPU to measure."""
+    if not torch.cuda.is_available():
+        raise SystemExit("error: this measures a CUDA GPU, and PyTorch finds none here")
+
+
 def graph_us(run: Callable[[int], object], launches: int) -> float:
     """Microseconds of `run(i)`, i = 0, 1, ...: the median over replays of a graph of `launches`."""
     for i in range(2):

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from gpu_timing import DEVICE, LISTS, graph_us, in_turn, lists
+from gpu_timing import DEVICE, LISTS, graph_us, in_turn, lists, need_gpu
 from torch import Tensor
 
 from dipnet.kernels.gpu import tiles
@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--job", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    need_gpu()
     if args.job is not None:
         compile_share(args.job, args.jobs)
         return

@@ -150,7 +150,7 @@ def test_whole_neurons(tmp_path: Path, policy: str, share: float) -> None:
         model = dipnet.load(store, chosen, **options)
         trace = recorded(model, tmp_path / "trace")
         slots = divide_slots(trace.sites, "int8", cache)
-        found = replay(trace, slots, policy)
+        found = replayed(trace, slots, policy, "int8")
         neurons = [at for at, site in enumerate(trace.sites) if site.name == "mlp.neuron"]
         assert len(neurons) == 8
         for at in neurons:

@@ -92,8 +92,8 @@ def seconds(
 
     All are of one kind of weights; an MLP matrix that no load has is not counted, attention and the
     head are. ``context`` is the number of tokens before each. ``look_ahead`` reads ahead on
-    guesses, of which the share ``recall`` (by the sites' name) is right: both matter only to a
-    device with engine costs. The method's own ``added_bytes`` are read from memory before anything
+    guesses where that pays, as the engine does; the share ``recall`` of them (by the sites' name) is
+    right: both matter only to a device with engine costs. The method's own ``added_bytes`` are read from memory before anything
     is asked of Flash. Raises InputError when those lack the loads' kind of weights.
     """
     deciding = added_bytes / device.dram.bandwidth
@@ -105,8 +105,10 @@ def seconds(
     # A head is no record: attention's two groups are in memory whole, whatever heads are wanted.
     records = [load for load in loads if load.site.name != "attn.head"]
     groups |= {(load.site.layer, load.site.name): load.group() for load in records}
-    walk = Walk(device.flash, device.engine, shape, weights, groups, past)
-    return deciding + (walk.token(recall or {}) if look_ahead else walk.token(None))
+    ways = [None, recall or {}] if look_ahead else [None]  # a walk leaves its guesses in the groups
+    walks = (Walk(device.flash, device.engine, shape, weights, groups, past) for _ in ways)
+    times = [walk.token(way) for walk, way in zip(walks, ways, strict=True)]
+    return deciding + min(times, key=lambda took: float(took.sum()))
 
 
 def flash_bytes(device: Device, load: SiteLoad) -> Array:

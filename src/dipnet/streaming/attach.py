@@ -36,6 +36,7 @@ from dipnet.streaming.look_ahead import LookAhead
 from dipnet.streaming.methods import ON_HEADS
 from dipnet.streaming.neurons import NeuronColumns, NeuronGroup
 from dipnet.streaming.stats import Recorder
+from dipnet.streaming.worth import Worth
 
 
 class Streamed:
@@ -59,7 +60,8 @@ class Streamed:
         self.tokens = TokenState(prefill, positions=by_position)
         self.residual = Residual.of_sites(decoder, sites, self.tokens)
         self.seconds = Seconds()
-        self.recorder = Recorder(engine, self.seconds)
+        self.worth = Worth()
+        self.recorder = Recorder(engine, self.seconds, self.worth)
         self.groups = {group.key: self._record_group(group) for group in engine.index.groups}
         self._looks_ahead = look_ahead
         self._turn = RLock()
@@ -156,9 +158,9 @@ class Streamed:
             # bf16 multiplies nothing before all is there: there is nothing to guess from.
             guesses = self.engine.index.weights != "bf16"
             early = partial(self._early_hidden, layer) if guesses else None
-            reads.look_ahead = LookAhead(hidden, early, self.seconds)
+            reads.look_ahead = LookAhead(hidden, early, self.seconds, self.worth)
         if not reads.held:
-            ahead = LookAhead(reads, None, self.seconds)
+            ahead = LookAhead(reads, None, self.seconds, self.worth)
             norm = self.decoder.module(layer, self.decoder.family.mlp_norm)
             self._before_attention(layer, ahead, norm)
             if layer and reads.masks is None:
@@ -170,7 +172,7 @@ class Streamed:
         if group.held:
             return
         if group.masks is None:
-            ahead = LookAhead(group, None, self.seconds)
+            ahead = LookAhead(group, None, self.seconds, self.worth)
             self._before_attention(layer, ahead, nn.Identity())
             if layer:
                 self.groups[layer - 1, "mlp.neuron"].look_ahead = ahead

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dipnet.streaming.worth import Worth
+
 if TYPE_CHECKING:
     from dipnet.streaming.linear import RecordGroup, Seconds
 
@@ -21,15 +23,20 @@ class LookAhead:
 
     A group without masks is used whole: then everything is wanted, for certain. ``early`` makes
     the guess, (1, channels), from what is known while another group's records arrive; None when
-    there is nothing to make it from.
+    there is nothing to make it from. ``worth`` says whether to guess at all.
     """
 
     def __init__(
-        self, group: RecordGroup, early: Callable[[], Tensor] | None, seconds: Seconds
+        self,
+        group: RecordGroup,
+        early: Callable[[], Tensor] | None,
+        seconds: Seconds,
+        worth: Worth,
     ) -> None:
         self.group = group
-        self.seconds = seconds
         self.early = early
+        self.seconds = seconds
+        self.worth = worth
         self._all = torch.ones(group.group.units, dtype=torch.bool)
         self._scores = torch.ones(group.group.units)
 
@@ -37,6 +44,8 @@ class LookAhead:
         """Read ahead for what ``make`` gives, a (1, channels) guess of the group's input."""
         if self.group.masks is None:
             self._certain()
+            return
+        if not self.worth.ask():
             return
         begun = time.perf_counter()
         mask, scores = self.group.masks.guess(make())

@@ -13,6 +13,7 @@ from torch import nn
 
 from dipnet.streaming.engine import Engine, Key
 from dipnet.streaming.linear import Seconds
+from dipnet.streaming.worth import Worth
 
 _STATUS = Path("/proc/self/status")
 
@@ -94,11 +95,12 @@ _COUNTED = [f.name for f in fields(Stats) if f.name not in ("peak_memory", "site
 
 
 class Recorder:
-    """Collects the statistics of one model."""
+    """Times the calls of one model, and collects its statistics."""
 
-    def __init__(self, engine: Engine, seconds: Seconds) -> None:
+    def __init__(self, engine: Engine, seconds: Seconds, worth: Worth) -> None:
         self._engine = engine
         self._seconds = seconds
+        self._worth = worth
         self._begun = 0.0
         self.reset()
 
@@ -120,7 +122,9 @@ class Recorder:
 
     def _end(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         self._calls += 1
-        self._total += time.perf_counter() - self._begun
+        took = time.perf_counter() - self._begun
+        self._total += took
+        self._worth.token(took)
 
     def stats(self) -> Stats:
         """The figures so far."""

@@ -1,4 +1,11 @@
-"""Where the GPU kernels are tested: on a GPU, else in Triton's interpreter (tests/conftest.py)."""
+"""Where the GPU kernels are tested: on a GPU, else in Triton's interpreter (tests/conftest.py).
+
+NVIDIA's tools look for bad accesses and races while the same tests run; PyTorch's allocator has to
+be off, or it hides what lies behind a tensor:
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \\
+        python -m pytest tests/kernels/gpu -k "33 or 1025"        (and --tool racecheck)
+"""
 
 import pytest
 import torch

@@ -1,6 +1,8 @@
 """Products of kept units on the GPU, else in Triton's interpreter, against the reference."""
 
 import itertools
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from dipnet.errors import BackendError, InputError
 from dipnet.kernels import gpu
+from dipnet.kernels.gpu import choice, reference
 from dipnet.kernels.gpu.tiles import ColumnsTile
 from dipnet.kernels.gpu.weights import Weight
 from dipnet.kernels.reference import row_bytes
@@ -255,3 +258,14 @@ def test_backends_that_cannot_serve() -> None:
     with pytest.raises(BackendError, match="backend 'gpu' "):
         gpu.topk_indices(x, 2, backend="gpu")
     assert gpu.topk_indices(x, 2).tolist() == [[0, 1]]
+
+
+def test_auto_warns_once_where_a_gpu_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "why_not", lambda *tensors: "is out of order today")
+    on_gpu = SimpleNamespace(is_cuda=True)
+    with pytest.warns(UserWarning, match="plain torch is: backend 'gpu' is out of order today"):
+        assert choice.serving("auto", on_gpu) is reference
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choice.serving("auto", on_gpu) is reference
+        assert choice.serving("auto", torch.zeros(1)) is reference

@@ -15,6 +15,7 @@ import dipnet
 from dipnet import BackendError
 from dipnet.models import backends
 from dipnet.models.decoding import loop
+from dipnet.models.decoding.stacked import Stacked
 from tests.models.skipping.decoding import Turns, decode, dejavu, own, tokens
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
@@ -266,3 +267,31 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_double_precision_is_refused() -> None:
     with pytest.raises(BackendError, match=r"takes float16, bfloat16 and float32, not torch.float"):
         dipnet.sparsify(own("llama").to(DEVICE), dipnet.DIP(0.5), backend="gpu")
+
+
+@pytest.mark.parametrize("backend", ["auto", "gpu"])
+def test_no_memory_for_another_order(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second layer's weights find no room: an error, or the reference; nothing is changed."""
+    model, joined = float_model("llama"), Stacked._join
+
+    def join(stacked: Stacked) -> Tensor:
+        if any(module is model.model.layers[1].mlp.down_proj for module in stacked.modules):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return joined(stacked)
+
+    monkeypatch.setattr(Stacked, "_join", join)
+    monkeypatch.setattr(backends, "_best", lambda *_: "gpu")
+    before = [(parameter.stride(), parameter.clone()) for parameter in model.parameters()]
+    if backend == "gpu":
+        with pytest.raises(BackendError, match="has no memory left for one more matrix") as error:
+            dipnet.sparsify(model, dipnet.DIP(0.5), backend=backend)
+        assert "\n" not in str(error.value)
+    else:
+        with pytest.warns(UserWarning, match="has no memory left for one more matrix"):
+            dipnet.sparsify(model, dipnet.DIP(0.5))
+        decode(model, tokens(1, 4).to(DEVICE))
+        assert dipnet.usage(model).density().tokens == 4
+        dipnet.restore(model)
+    for parameter, (stride, values) in zip(model.parameters(), before, strict=True):
+        assert parameter.stride() == stride
+        assert torch.equal(parameter, values)

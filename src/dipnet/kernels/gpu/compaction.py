@@ -1,4 +1,4 @@
-"""Selection of units in Triton, one program a row: for GPUs whose thread blocks form no clusters."""
+"""Selection of units in Triton, one program a row: where thread blocks form no clusters."""
 
 from __future__ import annotations
 

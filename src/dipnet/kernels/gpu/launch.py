@@ -17,7 +17,7 @@ from dipnet.kernels.gpu.selection import (
     union_indices,
 )
 from dipnet.kernels.gpu.shared import shared_columns, shared_rows
-from dipnet.kernels.gpu.tiles import COLUMNS, ROWS, Product, Tile, nearest
+from dipnet.kernels.gpu.tiles import COLUMNS, ROWS, Product, nearest
 from dipnet.kernels.gpu.weights import Weight
 
 __all__ = [
@@ -31,8 +31,6 @@ __all__ = [
     "topk_mask",
     "union_indices",
 ]
-
-SHARED_COLUMNS, SHARED_ROWS = Tile(64, 64, warps=4), Tile(32, 128, warps=4)
 
 
 def columns_product(
@@ -88,7 +86,7 @@ def _columns(x: Tensor, index: Tensor, weights: tuple[Weight, ...], **named: Any
         return integer_columns(x, index, weights, tile, **named)
     matrices = tuple(weight.numbers for weight in weights)
     if index.dim() == 1 and len(x) > 1:
-        return shared_columns(x, index, matrices, weight.width, SHARED_COLUMNS, **named)
+        return shared_columns(x, index, matrices, weight.width, **named)
     return columns(x, index, matrices, weight.width, tile, **named)
 
 
@@ -101,7 +99,7 @@ def _rows(x: Tensor, index: Tensor, weights: tuple[Weight, ...], **named: Any) -
         return integer_rows(x, index, weights, tile, **named)
     matrices = tuple(weight.numbers for weight in weights)
     if index.dim() == 1 and len(x) > 1:
-        return shared_rows(x, index, matrices, weight.width, SHARED_ROWS, **named)
+        return shared_rows(x, index, matrices, weight.width, **named)
     return rows(x, index, matrices, weight.width, tile, **named)
 
 

@@ -17,15 +17,26 @@ from dipnet.kernels.gpu.common import (
     units_at,
     valid_units,
 )
-from dipnet.kernels.gpu.tiles import Tile
 
 _WIDEN = tl.constexpr(INTERPRETED)  # the interpreter would multiply the bits of bfloat16
 FEWEST = 16
 """Rows of x that a tensor core multiplies at least; missing ones are zero."""
 
 
+OWN, WARPS, STAGES = 32, 4, 4
+"""Outputs and warps of a program, and the steps of a sum whose numbers are on their way."""
+STEP_BYTES = 8192
+"""Of x for one step of a sum: so many steps of x and of the weights fit in shared memory."""
+
+
 def _padded(batch: int) -> int:
     return max(FEWEST, triton.next_power_of_2(batch))
+
+
+def _step(x: Tensor, weight: Tensor) -> int:
+    """Terms of a sum that are multiplied at a time."""
+    size = max(x.element_size(), weight.element_size())
+    return STEP_BYTES // (_padded(len(x)) * size)
 
 
 def shared_columns(
@@ -33,7 +44,6 @@ def shared_columns(
     index: Tensor,
     weights: tuple[Tensor, ...],
     width: int,
-    tile: Tile,
     *,
     count: Tensor | None = None,
     bias: Tensor | None = None,
@@ -44,7 +54,7 @@ def shared_columns(
 ) -> Tensor:
     """One matrix, or gate and up: (batch, channels) -> (batch, width)."""
     x, out = x.contiguous(), x.new_empty(len(x), width)
-    _shared_columns[(triton.cdiv(width, tile.weights),)](
+    _shared_columns[(triton.cdiv(width, OWN),)](
         x,
         index,
         count,
@@ -62,9 +72,10 @@ def shared_columns(
         COMPACT=compact,
         ACTIVATION=activation,
         BATCH=_padded(len(x)),
-        UNITS=tile.units,
-        WEIGHTS=tile.weights,
-        **launch_options(tile.warps, x.device),
+        UNITS=_step(x, weights[0]),
+        WEIGHTS=OWN,
+        num_stages=STAGES,
+        **launch_options(WARPS, x.device),
     )
     return out
 
@@ -74,7 +85,6 @@ def shared_rows(
     index: Tensor,
     weights: tuple[Tensor, ...],
     width: int,
-    tile: Tile,
     *,
     count: Tensor | None = None,
     bias: Tensor | None = None,
@@ -85,7 +95,7 @@ def shared_rows(
     """One matrix, or gate and up: (batch, width) -> (batch, k * block)."""
     kept = index.shape[0] * block
     x, out = x.contiguous(), x.new_empty(len(x), kept)
-    _shared_rows[(triton.cdiv(kept, tile.units),)](
+    _shared_rows[(triton.cdiv(kept, OWN),)](
         x,
         index,
         count,
@@ -103,9 +113,10 @@ def shared_rows(
         BLOCK=block,
         ACTIVATION=activation,
         BATCH=_padded(len(x)),
-        UNITS=tile.units,
-        WEIGHTS=tile.weights,
-        **launch_options(tile.warps, x.device),
+        UNITS=OWN,
+        WEIGHTS=_step(x, weights[0]),
+        num_stages=STAGES,
+        **launch_options(WARPS, x.device),
     )
     return out
 

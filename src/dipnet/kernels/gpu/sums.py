@@ -11,6 +11,8 @@ from dipnet.kernels.gpu.common import activated
 
 EAGER, CAPTURED = 1 << 16, 1 << 22
 """Counters of a stream, and those of a device for all CUDA graphs together."""
+ALIGNED = 4
+"""Counters in 16 bytes: kernels are compiled for addresses that are multiples of them."""
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 _left: dict[torch.device, Tensor] = {}
 
@@ -36,10 +38,10 @@ def _counters(like: Tensor, count: int) -> Tensor:
     if not like.is_cuda or count > EAGER:
         return like.new_zeros(count, dtype=torch.int32)
     if torch.cuda.is_current_stream_capturing():
-        left = _left.get(device)
-        if left is None or len(left) < count:
+        left, taken = _left.get(device), -(-count // ALIGNED) * ALIGNED
+        if left is None or len(left) < taken:
             return like.new_zeros(count, dtype=torch.int32)
-        _left[device] = left[count:]
+        _left[device] = left[taken:]
         return left[:count]
     key = (device, torch.cuda.current_stream(device).cuda_stream)
     if key not in _of_stream:
