@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from dipnet.errors import InputError
 from dipnet.sim.clock import SiteLoad, seconds
 from dipnet.sim.device import Device, EngineCosts, Point, Product, Tier
+from dipnet.sim.groups import pinned_groups
 from dipnet.sim.shape import ModelShape
 from dipnet.sim.sizes import kv_bytes, pinned_bytes, unit_bytes
 from dipnet.sim.trace import TraceSite
-from dipnet.sim.walk import BATCH
+from dipnet.sim.walk import BATCH, Walk
 from dipnet.store.geometry import Weights
 from tests.sim.test_device import GB, costs, device
 
@@ -203,8 +204,17 @@ def test_guesses_cost_their_masks() -> None:
     engine = costs(selection=1.0, guess=0.5)
     asked = loads(misses=(10, 10))
     where = machine(engine, flash=flash(1e12))
-    more = one(where, asked, look_ahead=True) - one(where, asked)
-    assert more == pytest.approx(1.5 * MASKS, rel=1e-3)
+    groups = {(load.site.layer, load.site.name): load.group() for load in asked}
+    groups |= {(g.layer, g.name): g for g in pinned_groups(SHAPE, "int4", np.zeros(1))}
+    ways = [Walk(where.flash, engine, SHAPE, "int4", groups, np.zeros(1)) for _ in range(2)]
+    without, guessing = ways[0].token(None), ways[1].token({})
+    assert guessing - without == pytest.approx(1.5 * MASKS, rel=1e-3)
+
+
+def test_guesses_that_do_not_pay_are_not_made() -> None:
+    asked = loads(misses=(10, 10))
+    where = machine(costs(selection=1.0, guess=0.5), flash=flash(1e12))
+    assert one(where, asked, look_ahead=True) == one(where, asked)
     held = loads()
     assert one(where, held, look_ahead=True) == one(where, held)  # nothing to guess
 

@@ -92,9 +92,10 @@ def seconds(
 
     All are of one kind of weights; an MLP matrix that no load has is not counted, attention and the
     head are. ``context`` is the number of tokens before each. ``look_ahead`` reads ahead on
-    guesses where that pays, as the engine does; the share ``recall`` of them (by the sites' name) is
-    right: both matter only to a device with engine costs. The method's own ``added_bytes`` are read from memory before anything
-    is asked of Flash. Raises InputError when those lack the loads' kind of weights.
+    guesses where that pays, as the engine does; the share ``recall`` of them (by the sites' name)
+    is right: both matter only to a device with engine costs. The method's own ``added_bytes`` are
+    read from memory before anything is asked of Flash. Raises InputError when the engine's costs
+    lack the loads' kind of weights.
     """
     deciding = added_bytes / device.dram.bandwidth
     past = np.broadcast_to(np.asarray(context, np.float64), loads[0].hits.shape)

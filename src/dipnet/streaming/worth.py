@@ -1,7 +1,7 @@
 """Whether guesses pay: tokens are timed with and without them, and the faster way goes on.
 
-What a guess gains depends on the disk, the processor and the model: reads hide behind attention, but
-to make the guess takes time as well, and wrong ones keep the disk busy. Results are the same.
+What a guess gains depends on the disk, the processor and the model: reads hide behind attention,
+but to make the guess takes time as well, and wrong ones keep the disk busy. Results are the same.
 """
 
 from __future__ import annotations
