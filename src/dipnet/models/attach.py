@@ -64,12 +64,14 @@ def sparsify(
     Without ``cache`` everything is in memory.
 
     ``backend`` is "reference", which computes everything and multiplies with masks; "gpu", whose
-    kernels in decoding read what the masks keep; "skip", which does in plain torch; or "auto": what
-    serves of "gpu" on a GPU and "skip" on a CPU. "skip" serves where neurons and heads are chosen
-    before their block, as by Deja Vu's predictors. Keys and
-    values of skipped heads are computed when a head next needs them, from what attention read for
-    the last ``kept_inputs`` tokens, and in turn before one of these is forgotten. A call with
-    gradients, or of several tokens a sequence, skips nothing.
+    kernels in decoding read what the masks keep, for one sequence; "skip", which does in plain
+    torch; or "auto": of "gpu" on a GPU and "skip" on a CPU what serves, else the reference. On
+    "gpu", parameters become views of other memory until the model is restored, and ``generate()``
+    of one sequence runs our own loop where that knows the family. "skip" serves where neurons and
+    heads are chosen before their block, as by Deja Vu's predictors. Keys and values of skipped
+    heads are computed when a head next needs them, from what attention read for the last
+    ``kept_inputs`` tokens, and in turn before one of these is forgotten. A call with gradients, or
+    of several tokens a sequence, skips nothing.
 
     Raises InputError when the family is unknown, the method cannot work on it or lacks its
     calibration, or the model is sparsified already, and BackendError when the backend cannot serve

@@ -23,10 +23,10 @@ CLOSE: dict[torch.dtype, dict[str, float]] = {
 pytestmark = needs_kernels
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 SHAPES = [
-    (8, 4, 16, 16, 300, False),
+    (8, 4, 16, 16, 150, False),
     (3, 1, 8, 8, 40, True),
     (6, 6, 10, 0, 200, False),
-    (4, 2, 12, 6, 600, True),
+    (4, 2, 12, 6, 260, True),
 ]
 """Queries, groups, a head's size, its rotated channels, the cache's length, and norms of heads."""
 
