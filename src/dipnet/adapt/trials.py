@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -151,6 +152,7 @@ class Trials:
         self._started = started
         self._progress = progress
         self._known: dict[object, Trial] = {}
+        self._numbers = count()  # of the traces' files: those of forgotten trials are not used again
         self._stores = {block_of(task.index): task.store}
 
     @cached_property
@@ -230,7 +232,7 @@ class Trials:
     def _evaluate(self, setup: Setup, density: float) -> Trial:
         dense = self.dense
         self._started(f"{named(setup)} at {density:g}")
-        file = self._folder / f"{len(self._known)}-{density:g}.trace"
+        file = self._folder / f"{next(self._numbers)}-{density:g}.trace"
         model = self._load(setup, density)
         losses: list[float] = []
         with record(model, file, name=self.task.index.source):
