@@ -152,7 +152,7 @@ class Trials:
         self._started = started
         self._progress = progress
         self._known: dict[object, Trial] = {}
-        self._numbers = count()  # of the traces' files: those of forgotten trials are not used again
+        self._numbers = count()  # of the traces' files: a forgotten one is not used again
         self._stores = {block_of(task.index): task.store}
 
     @cached_property

@@ -5,6 +5,7 @@ The steps and their order are those of docs/streaming.md; what overlaps there ov
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -93,6 +94,10 @@ class Walk:
     def _selecting(self, group: Group) -> float:
         return self.costs.selection + self.costs.unit * group.units if group.masked else 0.0
 
+    def _calling(self, group: Group) -> float:
+        """A product besides its columns; floats are added up batch by batch, in order."""
+        return self.costs.call * (math.ceil(group.units / BATCH) if self.ordered else 1)
+
     def _guessing(self, group: Group) -> float:
         return self._selecting(group) + self.costs.guess
 
@@ -102,7 +107,7 @@ class Walk:
 
     def _all_held(self, group: Group) -> Array:
         held = self._multiplying(group, group.hits, self.held)
-        return self._selecting(group) + self.costs.call + held
+        return self._selecting(group) + self._calling(group) + held
 
     def _read_ahead(self, group: Group, idle: Array) -> None:
         """Read guessed records, as many as the disk brings in the ``idle`` time."""
@@ -123,7 +128,7 @@ class Walk:
     def _call(self, group: Group, ahead: Group | None = None) -> None:
         """The product of one group; ``ahead`` is guessed while its records arrive."""
         costs = self.costs
-        self.now += self._selecting(group) + costs.call
+        self.now += self._selecting(group) + self._calling(group)
         if group.streamed and group.masked:
             self.now += costs.exchange
         multiplied = self._multiplying(group, group.hits, self.held)
