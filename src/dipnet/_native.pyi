@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 READ_BYTES: int
 GAP_BYTES: int
 BATCH: int
+HELD: int
 
 def topk_mask(
     scores: NDArray[np.float32], mask: NDArray[np.bool_], k: int, threads: int

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dipnet import _native
-from dipnet.sim.walk import BATCH
+from dipnet.sim.walk import BATCH, HELD
 from dipnet.store.reads import GAP_BYTES, READ_BYTES, count_reads, reference_count_reads
 
 
@@ -21,7 +21,7 @@ def missed(*units: int, of: int = 40) -> NDArray[np.bool_]:
 
 def test_the_engines_own_numbers() -> None:
     assert (READ_BYTES, GAP_BYTES) == (_native.READ_BYTES, _native.GAP_BYTES)
-    assert BATCH == _native.BATCH
+    assert (BATCH, HELD) == (_native.BATCH, _native.HELD)
 
 
 @pytest.mark.parametrize(

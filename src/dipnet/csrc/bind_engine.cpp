@@ -162,6 +162,7 @@ nb::dict reader_totals(const Engine& engine) {
 
 void bind_engine(nb::module_& m) {
   m.attr("BATCH") = Engine::kBatch;
+  m.attr("HELD") = Engine::kHeld;
   static PyObject* error = nullptr;
   // No OSError: that keeps two of its arguments only.
   nb::object made =

@@ -13,9 +13,6 @@ namespace {
 
 // The staging's part of the memory for records on their way.
 constexpr std::size_t kStagingShare = 4;
-// Records in memory that are multiplied before the disk's queue is looked after again: a few
-// milliseconds, in which 128 reads of 20 KiB are not done.
-constexpr std::size_t kHeld = 256;
 // Weight of the newest of the times that the disk had nothing to do.
 constexpr double kNewest = 0.1;
 constexpr double kLongIdle = 0.05;  // seconds: not the model's own doing

@@ -43,6 +43,9 @@ class Engine {
  public:
   // Records that are multiplied together while others are on their way.
   static constexpr std::size_t kBatch = 64;
+  // Records in memory that are multiplied before the disk's queue is looked after again: a few
+  // milliseconds, in which 128 reads of 20 KiB are not done.
+  static constexpr std::size_t kHeld = 256;
 
   // `frame_bytes` of memory for records on their way: the staging, and frames of the largest record.
   Engine(std::unique_ptr<Reader> reader, std::size_t threads, std::size_t frame_bytes,

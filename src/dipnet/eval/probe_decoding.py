@@ -24,6 +24,7 @@ from dipnet.methods.dip import DIP
 from dipnet.models.load import DEFAULT_MODEL, LoadedModel, load_tokenizer
 from dipnet.pack.packing import pack
 from dipnet.sim.device import Product, columns_cost
+from dipnet.sim.walk import parts
 from dipnet.store.geometry import Weights
 from dipnet.store.index import Index, read_index
 from dipnet.streaming.attach import streamed
@@ -100,15 +101,23 @@ class StepCosts:
 class _Timed:
     """A sample's token: seconds in all, of the model without waiting, for masks, of products.
 
-    ``kernels`` by their group's name; ``reading`` is the known part of the processor's work on
-    reads.
+    ``kernels`` by their group's name; it takes so many ``reads``, ``records`` and their ``bytes``,
+    and products in ``parts`` more than one.
     """
 
     total: float
     working: float
     selection: float
-    reading: float
+    reads: float
+    records: float
+    bytes: float
+    parts: float
     kernels: Mapping[str, float]
+
+    def reading(self, costs: ReadCosts, call: float) -> float:
+        """Seconds of the processor's work on reads, as far as it is known."""
+        each = self.reads * (costs.submit + costs.land) + self.records * (costs.ask + costs.take)
+        return each + self.bytes / costs.check + self.parts * call
 
 
 def decoding_costs(
@@ -118,33 +127,36 @@ def decoding_costs(
     progress: Progress,
 ) -> StepCosts:
     """Make the samples in a folder, let them generate, and divide what their tokens take."""
+    made = [_made(folder / str(at), sample) for at, sample in enumerate(SAMPLES)]
     held: list[_Timed] = []
     calls: list[float] = []
+    for at, (sample, store) in enumerate(made):
+        progress(at / len(SAMPLES) / 3)
+        held.append(_timed(store, sample))
+        calls += _calls(read_index(store), held[-1], products[WEIGHTS])
+    call = max(0.0, median(calls))
     exchanges: list[float] = []
     guesses: list[float] = []
-    for at, sample in enumerate(SAMPLES):
-        progress(at / len(SAMPLES))
-        store = folder / str(at)
-        pack(str(_checkpoint(folder / f"model-{at}", sample)), store, WEIGHTS)
-        index = read_index(store)
-        memory = _timed(store, sample, reads)
-        alone = _timed(store, sample, reads, cache=_half(index), look_ahead=False)
-        ahead = _timed(store, sample, reads, cache=_half(index), look_ahead=True)
-        held.append(memory)
-        calls += _calls(index, memory, products[WEIGHTS])
-        exchanges.append(_more(alone, memory) / sample.masks)
-        guesses.append((_more(ahead, alone) - memory.selection) / sample.masks)
+    for at, ((sample, store), memory) in enumerate(zip(made, held, strict=True)):
+        progress((1 + 2 * at / len(SAMPLES)) / 3)
+        cache = _half(read_index(store))
+        alone, ahead = (_timed(store, sample, cache, look_ahead=on) for on in (False, True))
+        alone_more = alone.working - alone.reading(reads, call)
+        exchanges.append((alone_more - memory.working) / sample.masks)
+        ahead_more = ahead.working - ahead.reading(reads, call)
+        guesses.append((ahead_more - alone_more - memory.selection) / sample.masks)
     others = [max(t.total - t.selection - sum(t.kernels.values()), 1e-9) for t in held]
     token, layer, number, logit, key = fitted([sample.terms for sample in SAMPLES], others)
     counts = [(sample.masks, sample.units) for sample in SAMPLES]
     selection, unit = fitted(counts, [t.selection for t in held])
-    call, exchange, guess = (max(0.0, median(costs)) for costs in (calls, exchanges, guesses))
+    exchange, guess = (max(0.0, median(costs)) for costs in (exchanges, guesses))
     return StepCosts(token, layer, number, logit, key, call, selection, unit, exchange, guess)
 
 
-def _more(one: _Timed, other: _Timed) -> float:
-    """Seconds that the processor works more in one than in the other, but for known reads."""
-    return (one.working - one.reading) - (other.working - other.reading)
+def _made(folder: Path, sample: Sample) -> tuple[Sample, Path]:
+    """A sample and its store."""
+    pack(str(_checkpoint(folder / "model", sample)), folder / "store", WEIGHTS)
+    return sample, folder / "store"
 
 
 def _calls(index: Index, timed: _Timed, products: tuple[Product, ...]) -> Iterator[float]:
@@ -164,12 +176,7 @@ def _half(index: Index) -> int:
 
 
 def _timed(
-    store: Path,
-    sample: Sample,
-    costs: ReadCosts,
-    *,
-    cache: int | None = None,
-    look_ahead: bool = False,
+    store: Path, sample: Sample, cache: int | None = None, *, look_ahead: bool = False
 ) -> _Timed:
     """Let a sample generate, with everything in memory or a ``cache``."""
     method = DIP(input_density=KEPT, hidden_density=KEPT)
@@ -187,15 +194,11 @@ def _timed(
             generate(loaded, prompt, max_new_tokens=NEW_TOKENS)
     spent = np.array(calls).reshape(TRIES, NEW_TOKENS, -1)[:, 1:]  # the first is the prompt's
     spent = spent.reshape(-1, spent.shape[-1])
-    seconds, wait, selection, reads, records, size, *kernels = spent.T
-    reading = reads * (costs.submit + costs.land) + records * (costs.ask + costs.take)
-    return _Timed(
-        median(totals),
-        float(np.median(seconds - wait)),
-        float(np.median(selection)),
-        float(np.median(reading + size / costs.check)),
-        {name: float(np.median(each)) for name, each in zip(names, kernels, strict=True)},
-    )
+    seconds, wait, *rest = spent.T
+    selection, reads, records, size, more, *kernels = (float(np.median(each)) for each in rest)
+    by_name = dict(zip(names, kernels, strict=True))
+    working = float(np.median(seconds - wait))
+    return _Timed(median(totals), working, selection, reads, records, size, more, by_name)
 
 
 @contextmanager
@@ -220,18 +223,20 @@ def _watched(model: PreTrainedModel, names: list[str]) -> Iterator[list[NDArray[
 
 
 def _spent(model: PreTrainedModel, names: list[str]) -> list[float]:
-    """So far: seconds of waiting and for masks; reads, records, their bytes; kernels by name."""
+    """So far: seconds of waiting and for masks; reads, records, bytes, parts; kernels by name."""
     attached = streamed(model)
     kernels = dict.fromkeys(names, 0.0)
-    wait = records = size = 0.0
+    wait = records = size = made = 0.0
     for (_, name), group in attached.groups.items():
         totals = attached.engine.totals(group.key)
         kernels[name] += totals["kernels"]
         wait += totals["wait"]
         records += totals["read"] + totals["guessed"]
         size += (totals["read"] + totals["guessed"]) * group.group.record_bytes
+        if not group.held:
+            made += float(parts(totals["hits"], totals["misses"]))
     reads = attached.engine.reader_totals()["reads"]
-    return [wait, attached.seconds.selection, reads, records, size, *kernels.values()]
+    return [wait, attached.seconds.selection, reads, records, size, made, *kernels.values()]
 
 
 def _checkpoint(folder: Path, sample: Sample) -> Path:

@@ -17,8 +17,15 @@ from dipnet.store.geometry import Weights
 
 BATCH = 64
 """Records that the engine verifies and multiplies together when they have arrived."""
+HELD = 256
+"""Records in memory that it multiplies together while others arrive."""
 RECALL = 0.7
 """Share of the guesses that are right, where nobody measured it."""
+
+
+def parts(hits: Array, misses: Array) -> Array:
+    """In how many parts such records are multiplied, in the mean, when some of them arrive."""
+    return hits / HELD + misses / BATCH
 
 
 class Walk:
@@ -94,9 +101,11 @@ class Walk:
     def _selecting(self, group: Group) -> float:
         return self.costs.selection + self.costs.unit * group.units if group.masked else 0.0
 
-    def _calling(self, group: Group) -> float:
-        """A product besides its columns; floats are added up batch by batch, in order."""
-        return self.costs.call * (math.ceil(group.units / BATCH) if self.ordered else 1)
+    def _calling(self, group: Group) -> Array | float:
+        """A product besides its columns, in parts where records arrive or the order counts."""
+        if self.ordered:
+            return self.costs.call * math.ceil(group.units / BATCH)
+        return self.costs.call * (1 + (parts(group.hits, group.misses) if group.streamed else 0.0))
 
     def _guessing(self, group: Group) -> float:
         return self._selecting(group) + self.costs.guess
@@ -129,7 +138,7 @@ class Walk:
         """The product of one group; ``ahead`` is guessed while its records arrive."""
         costs = self.costs
         self.now += self._selecting(group) + self._calling(group)
-        if group.streamed and group.masked:
+        if group.streamed:
             self.now += costs.exchange
         multiplied = self._multiplying(group, group.hits, self.held)
         if not group.streamed:
