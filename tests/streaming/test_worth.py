@@ -44,3 +44,9 @@ def test_calls_that_cannot_guess_do_not_count() -> None:
     for _ in range(10 * TRIED):
         worth.token(1.0)
     assert ways(worth, 1.0, 2.0, TRIED + 1) == [True] * TRIED + [False]
+
+
+def test_always() -> None:
+    worth = Worth()
+    worth.always()
+    assert ways(worth, 2.0, 1.0, 2 * PERIOD) == [True] * 2 * PERIOD
