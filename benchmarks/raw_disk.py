@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from dipnet._native import Reader
 from dipnet.store.index import RECORDS_NAME, Group, Index, read_index
-from dipnet.store.reads import GAP_BYTES, READ_BYTES
+from dipnet.store.reads import READ_BYTES, reads
 from dipnet.streaming.budget import CACHED
 
 CHUNK = 256  # reads that are handed over at a time
@@ -110,9 +110,9 @@ def ways_speed(store: Path, seconds: float, depth: int, density: float) -> dict[
         units = np.flatnonzero(np.random.default_rng(seed).random(group.units) < density)
         wanted += len(units) * group.record_bytes
         for way in WAYS:
-            reads = list(destinations(way, units, group.record_bytes, room, places))
+            asked = list(destinations(way, units, group.record_bytes, room, places))
             start = time.perf_counter()
-            for first, into in reads:
+            for first, into in asked:
                 reader.submit(group.offset + first * group.record_bytes, into, 0)
             while reader.outstanding:
                 reader.wait()
@@ -131,7 +131,9 @@ def destinations(
 ) -> Iterator[tuple[int, list[NDArray[np.uint8]]]]:
     """The first unit of each read, and where its records and those in its gaps go."""
     begun = 0
-    for first, last in runs(units.tolist(), record, alone=way == "alone"):
+    asked = units.tolist()
+    alone = way == "alone"
+    for first, last in zip(asked, asked, strict=True) if alone else reads(asked, record):
         records = last - first + 1
         if way == "apart":
             at = [int(place) * record for place in places[begun : begun + records]]
@@ -139,18 +141,6 @@ def destinations(
         else:
             yield first, [room[begun * record : (begun + records) * record]]
         begun = (begun + records) % (len(places) - max(1, READ_BYTES // record))
-
-
-def runs(units: list[int], record: int, *, alone: bool) -> Iterator[tuple[int, int]]:
-    """The first and last unit of each read, by the engine's rule (dipnet.store.reads)."""
-    first = last = units[0]
-    for unit in units[1:]:
-        near = (unit - last - 1) * record <= GAP_BYTES
-        if alone or not near or (unit - first + 1) * record > READ_BYTES:
-            yield first, last
-            first = unit
-        last = unit
-    yield first, last
 
 
 def main() -> None:

@@ -48,8 +48,7 @@ class Sample:
     def terms(self) -> tuple[float, ...]:
         """How often a token pays for itself, a layer, a number, a logit and a key."""
         keys = self.layers * self.width // 2 * (self.prompt + NEW_TOKENS / 2)
-        numbers = self.layers * (self.width + self.neurons)
-        return 1.0, self.layers, numbers, self.vocabulary, keys
+        return 1.0, self.layers, self.units, self.vocabulary, keys
 
     @property
     def masks(self) -> int:
@@ -58,7 +57,7 @@ class Sample:
 
     @property
     def units(self) -> int:
-        """Of all masks of a token."""
+        """Of all masks of a token: the numbers of its layers' activations."""
         return self.layers * (self.width + self.neurons)
 
 

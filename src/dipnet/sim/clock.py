@@ -21,7 +21,6 @@ from dipnet.sim.sizes import (
     pinned_bytes,
     unit_bytes,
     unit_columns,
-    unit_rows,
     unit_stride,
 )
 from dipnet.sim.trace import TraceSite
@@ -67,7 +66,6 @@ class SiteLoad:
             name=self.site.name,
             units=self.site.units,
             block=unit_columns(self.site),
-            rows=unit_rows(self.site),
             stride=unit_stride(self.site, self.weights),
             record_bytes=self.record_bytes,
             masked=self.masked,

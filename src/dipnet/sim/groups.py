@@ -30,7 +30,6 @@ class Group:
     name: str
     units: int
     block: int
-    rows: int
     stride: int
     record_bytes: int
     masked: bool
@@ -75,31 +74,6 @@ class Group:
         return np.maximum(reads, np.minimum(missing, 1.0)), records
 
 
-def held_group(
-    layer: int, name: str, channels: int, rows: int, weights: Weights, density: float, like: Array
-) -> Group:
-    """A group in memory, of which each of the (tokens,) ``like`` wants a share ``density``.
-
-    A mask decides which, when it is not all.
-    """
-    stride = column_stride(weights, padded_outputs(rows))
-    hits, none = np.full_like(like, density * channels), np.zeros_like(like)
-    return Group(
-        layer=layer,
-        name=name,
-        units=channels,
-        block=1,
-        rows=rows,
-        stride=stride,
-        record_bytes=record_bytes(stride, 1),
-        masked=density < 1,
-        hits=hits,
-        misses=none,
-        reads=none,
-        records=none,
-    )
-
-
 def pinned_groups(shape: ModelShape, weights: Weights, like: Array) -> list[Group]:
     """Attention's groups and the head's: always in memory, wanted whole by the (tokens,) ``like``.
 
@@ -116,4 +90,24 @@ def pinned_groups(shape: ModelShape, weights: Weights, like: Array) -> list[Grou
         ]
     if head_inputs:
         sizes.append((shape.layers, HEAD, head_inputs, shape.vocabulary))
-    return [held_group(*size, weights, 1.0, like) for size in sizes]
+    return [_pinned(*size, weights, like) for size in sizes]
+
+
+def _pinned(
+    layer: int, name: str, channels: int, rows: int, weights: Weights, like: Array
+) -> Group:
+    stride = column_stride(weights, padded_outputs(rows))
+    none = np.zeros_like(like)
+    return Group(
+        layer=layer,
+        name=name,
+        units=channels,
+        block=1,
+        stride=stride,
+        record_bytes=record_bytes(stride, 1),
+        masked=False,
+        hits=np.full_like(like, channels),
+        misses=none,
+        reads=none,
+        records=none,
+    )

@@ -45,14 +45,14 @@ def unit_columns(site: TraceSite) -> int:
     return site.block * (len(site.matrices) if site.name == "mlp.neuron" else 1)
 
 
-def unit_rows(site: TraceSite) -> int:
+def _unit_rows(site: TraceSite) -> int:
     """The numbers of a column in a unit's record."""
     return site.weights_per_unit // unit_columns(site)
 
 
 def unit_stride(site: TraceSite, weights: str) -> int:
     """Bytes of a column in a unit's record; InputError for unknown ``weights``."""
-    return column_stride(_known(weights), padded_outputs(unit_rows(site)))
+    return column_stride(_known(weights), padded_outputs(_unit_rows(site)))
 
 
 def pinned_bytes(shape: ModelShape, weights: str) -> int:

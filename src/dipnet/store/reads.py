@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,17 +32,20 @@ def count_reads(missed: NDArray[np.bool_], *, record_bytes: int) -> NDArray[np.i
 
 def reference_count_reads(missed: NDArray[np.bool_], *, record_bytes: int) -> NDArray[np.int32]:
     """The same in plain Python: the definition."""
-    counts = [_counted(np.flatnonzero(row), record_bytes) for row in missed]
+    made = [list(reads(np.flatnonzero(row).tolist(), record_bytes)) for row in missed]
+    counts = [(len(row), sum(last - first + 1 for first, last in row)) for row in made]
     return np.array(counts, np.int32).reshape(-1, 2)
 
 
-def _counted(units: NDArray[np.intp], record_bytes: int) -> tuple[int, int]:
-    reads = records = first = last = 0
-    for unit in units.tolist():
+def reads(units: Sequence[int], record_bytes: int) -> Iterator[tuple[int, int]]:
+    """The first and the last unit of each read for missed ``units``, in their order."""
+    if not units:
+        return
+    first = last = units[0]
+    for unit in units[1:]:
         near = (unit - last - 1) * record_bytes <= GAP_BYTES
-        if reads and near and (unit - first + 1) * record_bytes <= READ_BYTES:
-            records += unit - last
-        else:
-            reads, records, first = reads + 1, records + 1, unit
+        if not near or (unit - first + 1) * record_bytes > READ_BYTES:
+            yield first, last
+            first = unit
         last = unit
-    return reads, records
+    yield first, last

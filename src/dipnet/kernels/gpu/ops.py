@@ -87,18 +87,7 @@ def columns_product(
 
 @columns_product.register_fake
 def _(
-    x: Tensor,
-    index: Tensor,
-    data: Tensor,
-    scales: Tensor | None,
-    kind: str,
-    width: int,
-    count: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    compact: bool,
-    block: int,
-    backend: str,
+    x: Tensor, index: Tensor, data: object, scales: object, kind: str, width: int, *_: object
 ) -> Tensor:
     return x.new_empty(len(x), width)
 
@@ -123,15 +112,7 @@ def gated_columns(
 
 @gated_columns.register_fake
 def _(
-    x: Tensor,
-    index: Tensor,
-    data: list[Tensor],
-    scales: list[Tensor],
-    kind: str,
-    width: int,
-    activation: str,
-    count: Tensor | None,
-    backend: str,
+    x: Tensor, index: Tensor, data: object, scales: object, kind: str, width: int, *_: object
 ) -> Tensor:
     return x.new_empty(len(x), width)
 
@@ -194,17 +175,7 @@ def gated_rows(
 
 
 @gated_rows.register_fake
-def _(
-    x: Tensor,
-    index: Tensor,
-    data: list[Tensor],
-    scales: list[Tensor],
-    kind: str,
-    width: int,
-    activation: str,
-    count: Tensor | None,
-    backend: str,
-) -> Tensor:
+def _(x: Tensor, index: Tensor, *_: object) -> Tensor:
     return x.new_empty(len(x), index.shape[-1])
 
 
