@@ -35,9 +35,10 @@ those of its weights that are in memory already.
 """
 HONESTY = """\
 The texts are greedy; perplexity and hits are of the first {windows} windows of the held-out text,
-from an empty cache on. A model this small has records of {record}: choosing them and reading them
-one by one costs more than it saves, and dense streaming, which reads in long runs, can be the
-fastest here. What shrinks are the bytes; docs/results.md is about models where those decide.
+from an empty cache on. A model this small has records of {record}: a disk reads through the gaps
+between them sooner than it begins anew, so that DIP reads more bytes here than it wants, and dense
+streaming, which needs no choice, can be the fastest. docs/results.md is about models with records
+that are large enough.
 """
 
 
