@@ -1,9 +1,10 @@
 """The fastest cut of each product of kernels/gpu/tiles.py on this GPU, among many.
 
-    python benchmarks/tune_gpu_kernels.py [--seconds S] [--jobs N]
+    python benchmarks/tune_gpu_kernels.py [--seconds S] [--triton [--jobs N]]
 
-Prints the tables of that file, and ends with one JSON line. `--seconds` is the limit for one
-product; what was not tried then is left out, and said. Kernels are compiled by N processes before.
+Prints a table of that file, of clusters or of Triton's programs, and ends with one JSON line.
+`--seconds` is the limit for one product; what was not tried then is left out, and said. Triton's
+kernels are compiled by N processes before.
 """
 
 import argparse
@@ -19,10 +20,10 @@ import torch
 from gpu_timing import DEVICE, LISTS, graph_us, in_turn, lists, need_gpu
 from torch import Tensor
 
-from dipnet.kernels.gpu import tiles
+from dipnet.kernels.gpu.clusters import cluster_columns
 from dipnet.kernels.gpu.columns import columns
 from dipnet.kernels.gpu.integers import integer_columns
-from dipnet.kernels.gpu.tiles import ColumnsTile, Product
+from dipnet.kernels.gpu.tiles import ClusterTile, ColumnsTile, Product
 from dipnet.kernels.gpu.weights import Weight
 from dipnet.kernels.reference import row_bytes
 
@@ -32,6 +33,7 @@ INPUTS = {
     Product(1, 16, 4096, 7168): 14336,
     Product(1, 16, 4096, 1434): 14336,
     Product(1, 16, 4096, 2048): 4096,
+    Product(1, 16, 4096, 3584): 14336,
     Product(1, 16, 6144, 2048): 4096,
     Product(1, 16, 7168, 2867): 28672,
     Product(1, 16, 7168, 3584): 7168,
@@ -39,19 +41,32 @@ INPUTS = {
     Product(1, 16, 49152, 1229): 12288,
     Product(1, 16, 12288, 24576): 49152,
     Product(1, 16, 12288, 4915): 49152,
+    Product(1, 16, 17920, 2560): 5120,
+    Product(1, 16, 17920, 512): 5120,
+    Product(1, 16, 28672, 3584): 7168,
+    Product(1, 16, 28672, 717): 7168,
     Product(2, 16, 14336, 2048): 4096,
     Product(2, 16, 14336, 410): 4096,
     Product(1, 8, 14336, 2048): 4096,
     Product(1, 8, 4096, 7168): 14336,
+    Product(2, 8, 14336, 2048): 4096,
     Product(1, 4, 14336, 2048): 4096,
+    Product(2, 4, 14336, 2048): 4096,
     Product(1, 4, 4096, 7168): 14336,
 }
 """The products of columns that are tuned, and the input channels of each."""
 
 
-def candidates(product: Product) -> Iterator[ColumnsTile]:
+Cutting = ColumnsTile | ClusterTile
+
+
+def candidates(product: Product, *, triton: bool) -> Iterator[Cutting]:
     """Cuts with enough programs for the GPU, and work for each of their threads."""
-    multiprocessors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    return triton_candidates(product) if triton else cluster_candidates(product)
+
+
+def triton_candidates(product: Product) -> Iterator[ColumnsTile]:
+    """Those of Triton's programs."""
     integer = product.bits < 16
     sizes = (8, 16) if integer else (32, 64, 128)
     reads = (2, 4) if integer or product.matrices == 2 else (4, 8)
@@ -61,8 +76,28 @@ def candidates(product: Product) -> Iterator[ColumnsTile]:
         programs = -(-width // weights) * parts
         units = ahead * tile.group(4 if integer else 2)
         filled = product.kept / parts >= units / 2
-        if programs >= multiprocessors / 2 and filled:
+        if programs >= multiprocessors() / 2 and filled:
             yield tile
+
+
+def cluster_candidates(product: Product) -> Iterator[ClusterTile]:
+    """Those of clusters: between half a block and sixteen for each multiprocessor."""
+    words = {16: (4,), 8: (2, 4), 4: (1, 2, 4)}[product.bits]
+    sizes = (8, 16, 32, 64), (1, 2, 4, 8, 16), (128, 256, 512), (2, 4, 8), words
+    for tile in map(ClusterTile._make, itertools.product(*sizes)):
+        bits = 32 * tile.words
+        blocks = -(-product.width * product.bits // bits // tile.lanes) * tile.parts
+        filled = product.kept / tile.parts >= tile.threads / tile.lanes * tile.reads / 2
+        fits = tile.threads * bits // product.bits * 4 <= 32768  # bytes of shared memory
+        flying = tile.threads * tile.words * 4 * tile.reads * product.matrices * blocks
+        busy = multiprocessors() / 2 <= blocks <= 16 * multiprocessors() and flying >= 2**21
+        if busy and filled and fits:
+            yield tile
+
+
+def multiprocessors() -> int:
+    """Of this GPU."""
+    return torch.cuda.get_device_properties(DEVICE).multi_processor_count
 
 
 def matrices(product: Product, inputs: int) -> list[Weight]:
@@ -79,12 +114,14 @@ def matrices(product: Product, inputs: int) -> list[Weight]:
 
 def caller(
     product: Product, x: Tensor, index: list[Tensor], weights: list[Weight]
-) -> Callable[[int, ColumnsTile], Tensor]:
+) -> Callable[[int, Cutting], Tensor]:
     """The product with the i-th list and the i-th weights, cut as said."""
 
-    def run(i: int, tile: ColumnsTile) -> Tensor:
+    def run(i: int, tile: Cutting) -> Tensor:
         first = i * product.matrices
         used = [weights[(first + j) % len(weights)] for j in range(product.matrices)]
+        if isinstance(tile, ClusterTile):
+            return cluster_columns(x, index[i % LISTS], tuple(used), tile, activation="silu")
         if product.bits < 16:
             return integer_columns(x, index[i % LISTS], tuple(used), tile)
         data = tuple(weight.data for weight in used)
@@ -93,12 +130,14 @@ def caller(
     return run
 
 
-def tuned(product: Product, inputs: int, seconds: float) -> list[tuple[float, ColumnsTile]]:
+def tuned(
+    product: Product, inputs: int, seconds: float, *, triton: bool
+) -> list[tuple[float, Cutting]]:
     """Microseconds of each cut that was tried, the fastest first."""
     weights, index = matrices(product, inputs), lists(inputs, product.kept)
     x = torch.randn(1, inputs, device=DEVICE, dtype=torch.float16)
     run, end, found = caller(product, x, index, weights), time.monotonic() + seconds, []
-    tried = list(candidates(product))
+    tried = list(candidates(product, triton=triton))
     random.Random(0).shuffle(tried)
     for tile in tried:
         if time.monotonic() > end:
@@ -115,7 +154,7 @@ def compile_share(job: int, jobs: int) -> None:
     for product in kinds():
         weights = [matrix(product) for _ in range(product.matrices)]
         run = caller(product._replace(width=4096), x, [index] * LISTS, weights)
-        for tile in list(candidates(product))[job::jobs]:
+        for tile in list(triton_candidates(product))[job::jobs]:
             run(0, tile)
 
 
@@ -136,6 +175,7 @@ def matrix(product: Product) -> Weight:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--triton", action="store_true", help="tune Triton's programs")
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--job", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -143,19 +183,19 @@ def main() -> None:
     if args.job is not None:
         compile_share(args.job, args.jobs)
         return
-    again = [sys.executable, *sys.argv, "--jobs", str(args.jobs), "--job"]
-    for process in [subprocess.Popen([*again, str(job)]) for job in range(args.jobs)]:
-        process.wait()
+    if args.triton:
+        again = [sys.executable, *sys.argv, "--jobs", str(args.jobs), "--job"]
+        for process in [subprocess.Popen([*again, str(job)]) for job in range(args.jobs)]:
+            process.wait()
     report = {}
-    print("COLUMNS = {")
+    print("COLUMNS = {" if args.triton else "CLUSTERS = {")
     for product, inputs in INPUTS.items():
-        found = tuned(product, inputs, args.seconds)
+        found = tuned(product, inputs, args.seconds, triton=args.triton)
         report[str(tuple(product))] = [(round(us, 2), tuple(tile)) for us, tile in found[:5]]
         read = product.matrices * product.kept * product.width * product.bits / 8
         us, tile = found[0]
         print(f"    {product!r}: {tile!r},  # {us:.2f} us, {read / us / 1e3:.0f} GB/s")
     print("}")
-    assert set(tiles.COLUMNS) <= set(INPUTS), "a table's product is not tuned any more"
     print(json.dumps(report))
 
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from dipnet.eval.generate import generate
+from dipnet.eval.generate import Generation, generate
 from dipnet.methods.dip import DIP
 from dipnet.models.load import DEFAULT_MODEL, LoadedModel, load_tokenizer
 from dipnet.pack.packing import pack
@@ -71,7 +71,7 @@ SAMPLES = (
 """The differences: layers, width, vocabulary, tokens that attention reads."""
 NEW_TOKENS = 24
 TRIES = 4
-"""Of each text that is generated; one more warms up."""
+"""Of each text that is generated; one more before them warms up."""
 KEPT = 0.5
 HEAD_SIZE = 64
 WEIGHTS: Weights = "int4"
@@ -127,19 +127,17 @@ def decoding_costs(
 ) -> StepCosts:
     """Make the samples in a folder, let them generate, and divide what their tokens take."""
     made = [_made(folder / str(at), sample) for at, sample in enumerate(SAMPLES)]
-    held: list[_Timed] = []
+    decoders = [_decoders(*each) for each in made]
+    _generate_in_turn(decoders, progress)
+    timed = [[decoder.timed() for decoder in each] for each in decoders]
+    held = [memory for memory, *_ in timed]
     calls: list[float] = []
-    for at, (sample, store) in enumerate(made):
-        progress(at / len(SAMPLES) / 3)
-        held.append(_timed(store, sample))
-        calls += _calls(read_index(store), held[-1], products[WEIGHTS])
+    for (_, store), memory in zip(made, held, strict=True):
+        calls += _calls(read_index(store), memory, products[WEIGHTS])
     call = max(0.0, median(calls))
     exchanges: list[float] = []
     guesses: list[float] = []
-    for at, ((sample, store), memory) in enumerate(zip(made, held, strict=True)):
-        progress((1 + 2 * at / len(SAMPLES)) / 3)
-        cache = _half(read_index(store))
-        alone, ahead = (_timed(store, sample, cache, look_ahead=on) for on in (False, True))
+    for sample, (memory, alone, ahead) in zip(SAMPLES, timed, strict=True):
         alone_more = alone.working - alone.reading(reads, call)
         exchanges.append((alone_more - memory.working) / sample.masks)
         ahead_more = ahead.working - ahead.reading(reads, call)
@@ -174,31 +172,67 @@ def _half(index: Index) -> int:
     return sum(group.bytes for group in index.groups if group.name in CACHED) // 2
 
 
-def _timed(
-    store: Path, sample: Sample, cache: int | None = None, *, look_ahead: bool = False
-) -> _Timed:
-    """Let a sample generate, with everything in memory or a ``cache``."""
-    method = DIP(input_density=KEPT, hidden_density=KEPT)
-    context = sample.prompt + NEW_TOKENS
-    model = load(store, method, cache=cache, context=context, look_ahead=look_ahead)
-    streamed(model).worth.always()
-    loaded = LoadedModel("probe", model, load_tokenizer(DEFAULT_MODEL), WEIGHTS)
-    prompt = torch.arange(3, 3 + sample.prompt)[None]
-    totals = [0.0]
-    if cache is None:  # nobody asks for the others
-        made = [generate(loaded, prompt, max_new_tokens=NEW_TOKENS) for _ in range(1 + TRIES)]
-        totals = [took for text in made[1:] for took in text.token_seconds]
-    names: list[str] = list(dict.fromkeys(group.name for group in read_index(store).groups))
-    with _watched(model, names) as calls:
-        for _ in range(TRIES):
-            generate(loaded, prompt, max_new_tokens=NEW_TOKENS)
-    spent = np.array(calls).reshape(TRIES, NEW_TOKENS, -1)[:, 1:]  # the first is the prompt's
-    spent = spent.reshape(-1, spent.shape[-1])
-    seconds, wait, *rest = spent.T
-    selection, reads, records, size, more, *kernels = (float(np.median(each)) for each in rest)
-    by_name = dict(zip(names, kernels, strict=True))
-    working = float(np.median(seconds - wait))
-    return _Timed(median(totals), working, selection, reads, records, size, more, by_name)
+class _Decoder:
+    """A sample that generates, with everything in memory or a ``cache``, and what its tokens took.
+
+    ``totals`` are seconds of whole tokens; ``calls`` the model's own, with all that `_spent` has.
+    """
+
+    def __init__(
+        self, sample: Sample, store: Path, cache: int | None = None, *, look_ahead: bool = False
+    ) -> None:
+        method = DIP(input_density=KEPT, hidden_density=KEPT)
+        context = sample.prompt + NEW_TOKENS
+        model = load(store, method, cache=cache, context=context, look_ahead=look_ahead)
+        streamed(model).worth.always()
+        self.loaded = LoadedModel("probe", model, load_tokenizer(DEFAULT_MODEL), WEIGHTS)
+        self.prompt = torch.arange(3, 3 + sample.prompt)[None]
+        self.names = list(dict.fromkeys(group.name for group in read_index(store).groups))
+        self.whole = cache is None
+        self.totals: list[float] = []
+        self.calls: list[NDArray[np.float64]] = []
+
+    def generate(self) -> None:
+        """Make texts, and keep what their tokens took; only whole models are asked for totals."""
+        if self.whole:
+            self.totals += self._text().token_seconds
+        with _watched(self.loaded.model, self.names) as calls:
+            self._text()
+        self.calls += calls[1:]  # the first is the prompt's
+
+    def forget(self) -> None:
+        """What was made so far only warmed up."""
+        self.totals, self.calls = [], []
+
+    def timed(self) -> _Timed:
+        """The medians of all tokens."""
+        seconds, wait, *rest = np.array(self.calls).T
+        selection, reads, records, size, more, *kernels = (float(np.median(r)) for r in rest)
+        by_name = dict(zip(self.names, kernels, strict=True))
+        working = float(np.median(seconds - wait))
+        total = median(self.totals or [0.0])
+        return _Timed(total, working, selection, reads, records, size, more, by_name)
+
+    def _text(self) -> Generation:
+        return generate(self.loaded, self.prompt, max_new_tokens=NEW_TOKENS)
+
+
+def _decoders(sample: Sample, store: Path) -> list[_Decoder]:
+    """With everything in memory, with a cache, and with one that is filled ahead."""
+    cache = _half(read_index(store))
+    alone, ahead = (_Decoder(sample, store, cache, look_ahead=on) for on in (False, True))
+    return [_Decoder(sample, store), alone, ahead]
+
+
+def _generate_in_turn(decoders: list[list[_Decoder]], progress: Progress) -> None:
+    """Let all generate, one after the other in every round: a machine's speed changes with time."""
+    every = [decoder for each in decoders for decoder in each]
+    for number in range(1 + TRIES):
+        for at, decoder in enumerate(every):
+            progress((number + at / len(every)) / (1 + TRIES))
+            if number == 1:
+                decoder.forget()
+            decoder.generate()
 
 
 @contextmanager

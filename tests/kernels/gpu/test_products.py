@@ -60,7 +60,7 @@ def check(name: str, *args: object, **named: object) -> None:
 
 @needs_kernels
 @each_dtype
-@pytest.mark.parametrize(("units", "width"), [(1, 1), (33, 70), (70, 33)])
+@pytest.mark.parametrize(("units", "width"), [(1, 1), (33, 70), (70, 33), (40, 200)])
 @pytest.mark.parametrize("batch", [None, 1, 2])
 def test_columns(batch: int | None, units: int, width: int, dtype: torch.dtype) -> None:
     x, weight = torch.randn(batch or 2, units).to(dtype), torch.randn(units, width).to(dtype)
@@ -88,6 +88,7 @@ def test_rows(batch: int | None, units: int, width: int, dtype: torch.dtype) -> 
 def test_lists_cut_into_parts(parts: int, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tile = ColumnsTile(16 if bits == 4 else 32, parts, 1, 2)
     monkeypatch.setattr(launch, "nearest", lambda table, product: tile)
+    monkeypatch.setattr(launch, "clusters_serve", lambda *given: False)
     weight = packed("int4", 40, 70) if bits == 4 else torch.randn(40, 70)
     for k in (0, 1, 40):
         added = {"bias": torch.randn(70), "residual": torch.randn(2, 70)}

@@ -79,7 +79,10 @@ def test_union(batch: int, n: int) -> None:
     for density in (0.0, 0.1, 1.0):
         mask = torch.rand(batch, n) < density
         index, count = (part.cpu() for part in gpu.union_indices(mask.to(DEVICE), backend="gpu"))
-        assert torch.equal(index[: int(count)], mask.any(0).nonzero().squeeze(1).int())
+        kept = mask.any(0)
+        assert int(count) == int(kept.sum())
+        wanted = torch.cat([kept.nonzero(), (~kept).nonzero()]).squeeze(1).int()
+        assert torch.equal(index, wanted)
 
 
 @pytest.mark.cuda
@@ -134,4 +137,4 @@ def test_too_many_units() -> None:
 def test_a_cluster_holds_all_scores(units: int) -> None:
     cut = cut_of(units)
     assert units <= cut.blocks * cut.threads * cut.each
-    assert cut.blocks in (1, 2, 4, 8)
+    assert cut.blocks in (1, 2, 4, 8, 16)

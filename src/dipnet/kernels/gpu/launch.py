@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dipnet.kernels.gpu.clusters import cluster_columns, clusters_serve
 from dipnet.kernels.gpu.columns import columns
 from dipnet.kernels.gpu.common import INTERPRETED
 from dipnet.kernels.gpu.integers import integer_columns, integer_rows
@@ -17,7 +18,7 @@ from dipnet.kernels.gpu.selection import (
     union_indices,
 )
 from dipnet.kernels.gpu.shared import shared_columns, shared_rows
-from dipnet.kernels.gpu.tiles import COLUMNS, ROWS, Product, nearest
+from dipnet.kernels.gpu.tiles import CLUSTERS, COLUMNS, ROWS, Product, nearest
 from dipnet.kernels.gpu.weights import Weight
 
 __all__ = [
@@ -81,11 +82,15 @@ def _columns(x: Tensor, index: Tensor, weights: tuple[Weight, ...], **named: Any
     weight, kept = weights[0], index.shape[-1] * named.get("block", 1)
     if kept == 0:  # nothing is read, but something may be added
         index, named["count"] = _nothing(index)
-    tile = nearest(COLUMNS, Product(len(weights), weight.bits, weight.width, kept))
+    product = Product(len(weights), weight.bits, weight.width, kept)
+    shared = index.dim() == 1 and len(x) > 1 and weight.scales is None
+    if not shared and clusters_serve(x, weights, named.get("bias"), named.get("residual")):
+        return cluster_columns(x, index, weights, nearest(CLUSTERS, product), **named)
+    tile = nearest(COLUMNS, product)
     if weight.kind in ("int4", "int8"):
         return integer_columns(x, index, weights, tile, **named)
     matrices = tuple(weight.numbers for weight in weights)
-    if index.dim() == 1 and len(x) > 1:
+    if shared:
         return shared_columns(x, index, matrices, weight.width, **named)
     return columns(x, index, matrices, weight.width, tile, **named)
 

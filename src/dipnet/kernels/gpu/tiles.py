@@ -1,7 +1,8 @@
 """How a product is cut into programs, from measurements on an H200.
 
-`benchmarks/tune_gpu_kernels.py` tries cuts, and prints the table of columns. What is in no table is
-cut as the product that is nearest: in weights of a unit, and in kept units.
+`benchmarks/tune_gpu_kernels.py` tries cuts, and prints the tables of columns: those of clusters, or
+with --triton those of Triton's programs. What is in no table is cut as the product that is nearest:
+in weights of a unit, and in kept units.
 """
 
 from __future__ import annotations
@@ -36,6 +37,19 @@ class ColumnsTile(NamedTuple):
         return max(1, self.warps * 32 * (16 // size) // self.weights)
 
 
+class ClusterTile(NamedTuple):
+    """How a cluster of thread blocks cuts a product of input channels (columns.cu): threads side by
+    side in a unit, parts of the list, threads of a block, units that a thread reads at a time, and
+    words of 4 bytes of each.
+    """
+
+    lanes: int
+    parts: int
+    threads: int
+    reads: int
+    words: int = 4
+
+
 class Cut(NamedTuple):
     """How a selection is cut: blocks of a cluster, threads of a block, scores of a thread."""
 
@@ -44,15 +58,19 @@ class Cut(NamedTuple):
     each: int
 
 
-MOST_UNITS = 8 * 1024 * 16
+MOST_UNITS = 16 * 1024 * 8
 """Units among which a cluster can select."""
 
 
 def cut_of(units: int) -> Cut:
-    """The fewest scores a thread, then the fewest blocks."""
-    each = 4 if units <= MOST_UNITS // 4 else 8 if units <= MOST_UNITS // 2 else 16
-    blocks = -(-units // (1024 * each))
-    return Cut(1 << (blocks - 1).bit_length(), 1024, each)
+    """The fastest of those that `benchmarks/tune_gpu_kernels.py` tried; more blocks add more."""
+    if units <= 4096:
+        return Cut(1, 1024, 4)
+    for threads, each in ((512, 4), (1024, 4)):
+        blocks = 1 << (-(-units // (threads * each)) - 1).bit_length()
+        if blocks <= 8:
+            return Cut(blocks, threads, each)
+    return Cut(16, 512 if units <= 16 * 512 * 8 else 1024, 8)
 
 
 class Product(NamedTuple):
@@ -81,6 +99,26 @@ COLUMNS = {
     Product(1, 4, 14336, 2048): ColumnsTile(16, 4, 8, 2),
     Product(1, 4, 4096, 7168): ColumnsTile(16, 8, 8, 2),
 }
+CLUSTERS = {
+    Product(1, 16, 14336, 2048): ClusterTile(16, 8, 128, 4),
+    Product(1, 16, 14336, 410): ClusterTile(16, 8, 128, 4),
+    Product(1, 16, 4096, 7168): ClusterTile(16, 16, 256, 4),
+    Product(1, 16, 4096, 1434): ClusterTile(32, 16, 512, 2),
+    Product(1, 16, 4096, 2048): ClusterTile(16, 16, 256, 4),
+    Product(1, 16, 6144, 2048): ClusterTile(16, 16, 128, 4),
+    Product(1, 16, 7168, 2867): ClusterTile(16, 16, 128, 4),
+    Product(1, 16, 7168, 3584): ClusterTile(16, 16, 128, 4),
+    Product(1, 16, 49152, 6144): ClusterTile(32, 2, 512, 2),
+    Product(1, 16, 49152, 1229): ClusterTile(32, 2, 512, 2),
+    Product(1, 16, 12288, 24576): ClusterTile(16, 8, 128, 8),
+    Product(1, 16, 12288, 4915): ClusterTile(16, 8, 128, 8),
+    Product(2, 16, 14336, 2048): ClusterTile(32, 8, 256, 4),
+    Product(2, 16, 14336, 410): ClusterTile(32, 8, 256, 4),
+    Product(1, 8, 14336, 2048): ClusterTile(32, 8, 256, 8),
+    Product(1, 8, 4096, 7168): ClusterTile(16, 16, 256, 4),
+    Product(1, 4, 14336, 2048): ClusterTile(16, 16, 128, 8),
+    Product(1, 4, 4096, 7168): ClusterTile(8, 16, 128, 4),
+}
 ROWS = {
     Product(1, 16, 4096, 7168): Tile(8, 512, 4),
     Product(1, 16, 4096, 1434): Tile(2, 4096, 8),
@@ -90,7 +128,7 @@ ROWS = {
     Product(1, 4, 4096, 7168): Tile(8, 64, 4),
 }
 
-_Tile = TypeVar("_Tile", Tile, ColumnsTile)
+_Tile = TypeVar("_Tile", Tile, ColumnsTile, ClusterTile)
 
 
 def nearest(table: Mapping[Product, _Tile], wanted: Product) -> _Tile:

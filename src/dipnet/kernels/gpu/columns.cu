@@ -1,0 +1,311 @@
+// Products of kept input channels by clusters of thread blocks. Compiled at run time, one variant a
+// call's kind.
+//
+// Macros: KIND of the weights: 0 float16, 1 bfloat16, 2 int8, 3 int4; X of x, bias, residual and out:
+// 0 float16, 1 bfloat16, 2 float32; MATRICES 1, or 2 for gate and up; COMPACT 0 or 1; BLOCK units of
+// an index; ACTIVATION 0 none, 1 relu, 2 silu, 3 gelu, 4 gelu_tanh; THREADS of a block, LANES of them
+// side by side in a unit, PARTS of the list, one for each block of a cluster; WORDS of 4 bytes that a
+// thread reads of a unit, READS units that are on their way at a time.
+//
+// A thread multiplies the first unit when the last one is on its way. Its sums stay in registers. Those
+// of a block's threads meet in its shared memory, those of a cluster's blocks are added in the blocks'
+// order: always the same numbers.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+
+#if X == 2
+typedef float Number;
+#else
+typedef u16 Number;
+#endif
+
+#define INTEGERS (KIND >= 2)
+#define PIECES (KIND == 3 ? 8 : KIND == 2 ? 4 : 2)  // weights of a word
+#define STEPS (KIND == 3 ? WORDS : (WORDS + 1) / 2)  // multipliers of the words that are read at once
+#define OUTPUTS (WORDS * PIECES)
+#define COLUMNS (LANES * OUTPUTS)  // of a cluster
+#define SIDES (THREADS / LANES)    // units that the threads of a block read side by side
+#define IN_WARP (LANES < 32 ? 32 / LANES : 1)
+#define GROUPS (SIDES / IN_WARP)
+#define ALL 0xffffffffu
+
+#if PARTS > 1
+#define CLUSTER __cluster_dims__(PARTS, 1, 1)
+#else
+#define CLUSTER
+#endif
+
+__device__ float of_half(u16 value) {
+    float number;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(number) : "h"(value));
+    return number;
+}
+
+__device__ float number(const Number* at) {
+#if X == 2
+    return *at;
+#elif X == 1
+    return __uint_as_float((u32)*at << 16);
+#else
+    return of_half(*at);
+#endif
+}
+
+__device__ void write(Number* at, float value) {
+#if X == 2
+    *at = value;
+#elif X == 1
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(*at) : "f"(value));
+#else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(*at) : "f"(value));
+#endif
+}
+
+// Reads of what is not `valid` are 0. No branch: many reads have to be on their way at a time.
+// Weights are read once: they need not stay in the first cache.
+__device__ void read_words(const unsigned char* at, bool valid, u32* words) {
+#if WORDS == 4
+    asm volatile(
+        "{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0;"
+        " mov.u32 %3, 0; @p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+        : "=&r"(words[0]), "=&r"(words[1]), "=&r"(words[2]), "=&r"(words[3])
+        : "l"(at), "r"((u32)valid));
+#elif WORDS == 2
+    asm volatile(
+        "{ .reg .pred p; setp.ne.u32 p, %3, 0; mov.u32 %0, 0; mov.u32 %1, 0;"
+        " @p ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2]; }"
+        : "=&r"(words[0]), "=&r"(words[1]) : "l"(at), "r"((u32)valid));
+#else
+    asm volatile(
+        "{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0;"
+        " @p ld.global.nc.L1::no_allocate.u32 %0, [%1]; }"
+        : "=&r"(words[0]) : "l"(at), "r"((u32)valid));
+#endif
+}
+
+__device__ u32 read_word(const void* at, bool valid) {
+    u32 read;
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0; @p ld.global.u32 %0, [%1]; }"
+                 : "=&r"(read) : "l"(at), "r"((u32)valid));
+    return read;
+}
+
+__device__ u16 read_short(const void* at, bool valid) {
+    u16 read;
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.u16 %0, 0; @p ld.global.u16 %0, [%1]; }"
+                 : "=&h"(read) : "l"(at), "r"((u32)valid));
+    return read;
+}
+
+__device__ u32 read_byte(const void* at, bool valid) {
+    u32 read;
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0; @p ld.global.u8 %0, [%1]; }"
+                 : "=&r"(read) : "l"(at), "r"((u32)valid));
+    return read;
+}
+
+__device__ float read_number(const Number* at, bool valid) {
+#if X == 2
+    return __uint_as_float(read_word(at, valid));
+#else
+    const Number read = read_short(at, valid);
+    return number(&read);
+#endif
+}
+
+// A level's bits as those of a float: 1 + level / 16 of int4, 2^23 + level of int8; the latter's
+// distance from 0 is taken off at once, or the sums would lose what it is larger.
+__device__ float level(u32 word, u32 piece) {
+#if KIND == 3
+    const u32 up = piece < 5 ? word << (19 - 4 * piece) : word >> (4 * piece - 19);
+    return __uint_as_float((up & 0x780000u) | 0x3f800000u);
+#else
+    return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440u | piece)) - 8388736.0f;
+#endif
+}
+
+// Add `value` times the weights of some words; `steps` are the multipliers of integers. Of int4, 16
+// times the totals are 24 times `surplus` too high.
+__device__ void add(float* totals, float* surplus, const u32* words, u32 steps, float value) {
+#pragma unroll
+    for (u32 i = 0; i < WORDS; i++) {
+#if KIND == 0
+        totals[2 * i] += value * of_half(words[i] & 0xffffu);
+        totals[2 * i + 1] += value * of_half(words[i] >> 16);
+#elif KIND == 1
+        totals[2 * i] += value * __uint_as_float(words[i] << 16);
+        totals[2 * i + 1] += value * __uint_as_float(words[i] & 0xffff0000u);
+#else
+        const u32 of = KIND == 3 ? i : i / 2;
+        const float step = value * (float)(signed char)(steps >> of * 8 & 0xffu);
+#pragma unroll
+        for (u32 piece = 0; piece < PIECES; piece++)
+            totals[i * PIECES + piece] += step * level(words[i], piece);
+        if (KIND == 3) surplus[i] += step;
+#endif
+    }
+}
+
+// The multipliers of the words that are a unit's `vector`-th.
+__device__ u32 read_steps(const unsigned char* multipliers, u32 vector, bool valid) {
+    const u32 word = vector * WORDS;
+    multipliers += KIND == 3 ? word / 16 * 4 + word % 4 : word / 16 * 2 + word % 4 / 2;
+    if (STEPS == 4) return read_word(multipliers, valid);
+    return STEPS == 2 ? read_short(multipliers, valid) : read_byte(multipliers, valid);
+}
+
+// Where the unit has the `at`-th weight of its `vector`-th words (docs/store-format.md).
+__device__ u32 place(u32 vector, u32 at) {
+    const u32 word = vector * WORDS + at / PIECES, piece = at % PIECES;
+    const u32 quad = word % 4, lane = word / 4 % 4;
+    if (KIND == 3) return word / 16 * 128 + quad * 32 + lane * 4 + piece / 2 + piece % 2 * 16;
+    if (KIND == 2) return word / 16 * 64 + quad * 16 + lane * 4 + piece;
+    return word * 2 + piece;
+}
+
+__device__ float activated(float value) {
+    if (ACTIVATION == 1) return value < 0 ? 0 : value;
+    if (ACTIVATION == 2) return value / (1 + expf(-value));
+    if (ACTIVATION == 3) return 0.5f * value * (1 + erff(value * 0.7071067811865476f));
+    if (ACTIVATION == 4) {
+        float inner = 0.7978845608028654f * (value + 0.044715f * value * value * value);
+        return value / (1 + expf(-2 * inner));
+    }
+    return value;
+}
+
+// The blocks of the cluster wait for each other; what they wrote before is there after.
+__device__ void meet() {
+#if PARTS > 1
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+}
+
+__device__ float read_in_block(const float* address, u32 block) {
+#if PARTS > 1
+    u32 here = (u32)__cvta_generic_to_shared(address), there;
+    float value;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(block));
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
+    return value;
+#else
+    return *address;
+#endif
+}
+
+// Add up what the threads of this block have of its columns.
+__device__ void sum_in_block(float* totals, float (*partial)[COLUMNS], float* sums) {
+    const u32 thread = threadIdx.x, lane = thread % LANES;
+#pragma unroll
+    for (u32 i = 0; i < OUTPUTS; i++)
+#pragma unroll
+        for (u32 step = LANES; step < 32; step *= 2)
+            totals[i] += __shfl_xor_sync(ALL, totals[i], step);
+    if (thread % (LANES * IN_WARP) < LANES)
+        for (u32 i = 0; i < OUTPUTS; i += 4)
+            *(float4*)&partial[thread / (LANES * IN_WARP)][lane * OUTPUTS + i] = *(float4*)(totals + i);
+    __syncthreads();
+    for (u32 column = thread; column < COLUMNS; column += THREADS) {
+        float sum = 0;
+        for (u32 group = 0; group < GROUPS; group++) sum += partial[group][column];
+        sums[column] = sum;
+    }
+    __syncthreads();
+}
+
+// The next units of a thread.
+__device__ void read_units(const int* index, int start, int end, u32* units) {
+#pragma unroll
+    for (u32 i = 0; i < READS; i++) {
+        const int at = start + i * SIDES;
+        units[i] = read_word(index + at / BLOCK, at < end) * BLOCK + at % BLOCK;
+    }
+}
+
+extern "C" __global__ void CLUSTER __launch_bounds__(THREADS)
+multiply_columns(const Number* x, const int* index, const int* count, const unsigned char* weight,
+                 const float* scales, const unsigned char* up, const float* up_scales,
+                 const Number* bias, const Number* residual, Number* out, int kept, int width,
+                 int vectors, int x_stride, int index_stride, int weight_stride, int first) {
+    __shared__ alignas(16) float partial[GROUPS][COLUMNS];
+    __shared__ float sums[MATRICES][COLUMNS];
+    const u32 row = blockIdx.y, part = blockIdx.x % PARTS, thread = threadIdx.x;
+    const u32 begin_vector = blockIdx.x / PARTS * LANES, vector = begin_vector + thread % LANES;
+    const bool inside = vector < vectors;
+
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+    x += (size_t)row * x_stride;
+    index += (size_t)row * index_stride;
+    if (count) kept = min(kept, count[index_stride ? row : 0] * BLOCK);
+    const int share = (kept + PARTS - 1) / PARTS;
+    const int end = min((int)(part + 1) * share, kept);
+
+    alignas(16) float totals[MATRICES][OUTPUTS] = {};
+    float surplus[MATRICES][WORDS] = {};
+    int start = part * share + thread / LANES;
+    u32 units[READS];
+    read_units(index, start, inside ? end : 0, units);
+    for (; start < end && inside; start += SIDES * READS) {
+        u32 words[MATRICES][READS][WORDS];
+        u32 steps[MATRICES][READS] = {};
+        float values[MATRICES][READS];
+#pragma unroll
+        for (u32 i = 0; i < READS; i++) {  // all of them on their way before one is needed
+            const int at = start + i * SIDES;
+            const bool valid = at < end;
+            const size_t from = (size_t)units[i] * weight_stride;
+            const float value = read_number(x + (COMPACT ? at : units[i]), valid);
+#pragma unroll
+            for (u32 matrix = 0; matrix < MATRICES; matrix++) {
+                const unsigned char* unit = (matrix ? up : weight) + from;
+                read_words(unit + vector * WORDS * 4, valid, words[matrix][i]);
+                values[matrix][i] = value;
+#if INTEGERS
+                steps[matrix][i] = read_steps(unit + first, vector, valid);
+                values[matrix][i] *= __uint_as_float(read_word((matrix ? up_scales : scales) + units[i], valid));
+#endif
+            }
+        }
+        read_units(index, start + SIDES * READS, end, units);
+#pragma unroll
+        for (u32 i = 0; i < READS; i++)
+#pragma unroll
+            for (u32 matrix = 0; matrix < MATRICES; matrix++)
+                add(totals[matrix], surplus[matrix], words[matrix][i], steps[matrix][i],
+                    values[matrix][i]);
+    }
+
+#pragma unroll
+    for (u32 matrix = 0; matrix < MATRICES; matrix++) {
+        if (KIND == 3)
+            for (u32 i = 0; i < OUTPUTS; i++)
+                totals[matrix][i] = 16 * totals[matrix][i] - 24 * surplus[matrix][i / PIECES];
+        sum_in_block(totals[matrix], partial, sums[matrix]);
+    }
+    meet();
+    for (u32 column = part * COLUMNS / PARTS + thread; column < (part + 1) * COLUMNS / PARTS;
+         column += THREADS) {
+        float total = 0, raised = 0;
+#pragma unroll
+        for (u32 block = 0; block < PARTS; block++) {
+            total += read_in_block(&sums[0][column], block);
+            if (MATRICES == 2) raised += read_in_block(&sums[MATRICES - 1][column], block);
+        }
+        const u32 output = place(begin_vector + column / OUTPUTS, column % OUTPUTS);
+        if (output >= width) continue;
+        if (bias) total += number(bias + output);
+        total = activated(total);
+        if (MATRICES == 2) total *= raised;
+        const size_t at = (size_t)row * width + output;
+        if (residual) total += number(residual + at);
+        write(out + at, total);
+    }
+#if PARTS > 1
+    meet();  // no block ends while another reads its sums
+#endif
+}
