@@ -13,6 +13,7 @@ from dipnet.units import ModelSpec
 CAUSES: dict[str, dict[str, Any]] = {
     **{f"look-ahead {ahead}": {"look_ahead": ahead} for ahead in (0, 1, 2)},
     "gradient": {"look_ahead": 1, "criterion": "gradient"},
+    **{f"look-ahead 1, rank {rank}": {"look_ahead": 1, "rank": rank} for rank in (48, 24)},
 }
 """The fits, by what they differ in."""
 DEPLOYED = "look-ahead 1"
@@ -55,8 +56,11 @@ def lines(spec: ModelSpec, fitted: Mapping[str, dipnet.Predictors]) -> list[Line
         "CETT": lambda mlp, _: dipnet.CETT(mlp),
         "GLU": lambda mlp, _: dipnet.GLUPruning(mlp),
     }
+    # heads are fewer than any of the ranks: their predictors would be the same
+    whole_rank = {name: make for name, make in predicted.items() if "rank" not in CAUSES[name]}
+    ours_of_heads = {**whole_rank, f"{DEPLOYED}, even": even, **bounds}
     together = {
-        DEPLOYED: predicted[DEPLOYED],
+        **whole_rank,
         **bounds,
         "DIP": lambda mlp, heads: dipnet.DIP(mlp, attention_density=heads),
     }
@@ -67,7 +71,7 @@ def lines(spec: ModelSpec, fitted: Mapping[str, dipnet.Predictors]) -> list[Line
     ]
     return [
         *(Line("mlp", name, make, mlps) for name, make in {**ours, **whole}.items()),
-        *(Line("heads", name, make, heads) for name, make in ours.items()),
+        *(Line("heads", name, make, heads) for name, make in ours_of_heads.items()),
         *(Line("both", name, make, both) for name, make in together.items()),
     ]
 

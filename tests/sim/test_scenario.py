@@ -121,6 +121,14 @@ def test_the_dense_model_keeps_its_first_records() -> None:
     assert figures.bytes_per_token == pytest.approx((units + 9 * (units - slots)) * RECORD / 10)
 
 
+def test_the_dense_model_reads_sequences() -> None:
+    """As long as keys and values are kept for, unless it is said: attention's time depends on it."""
+    dense, held = own_target(SHAPE, ()), scenario(UNITS * RECORD)
+    for sequence, longest in ((None, CONTEXT), (10, 10)):
+        positions = run(dense, held, None, tokens=40, sequence=sequence).positions
+        assert positions.tolist() == [at % longest for at in range(40)]
+
+
 def test_half_thinned_layers_stream_the_other_half(tmp_path: Path) -> None:
     """With masks at one site only, the other's records are read by every token."""
     hidden = [site for site in SITES if site.name == "mlp.hidden"]

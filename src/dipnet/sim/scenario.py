@@ -208,13 +208,15 @@ def run(
     trace: Trace | None,
     *,
     tokens: int | None = None,
+    sequence: int | None = None,
     slots: dict[Key, int] | None = None,
     progress: Progress | None = None,
 ) -> Run:
     """Replay a trace in a scenario; without a trace the dense model, for so many ``tokens``.
 
-    ``slots`` are `cache_slots`, unless the caches are given. Raises InputError for too little
-    memory, and for a trace that another cache decided.
+    Those are of sequences of so many, by default as many as keys and values are kept for. ``slots``
+    are `cache_slots`, unless the caches are given. Raises InputError for too little memory, and for
+    a trace that another cache decided.
     """
     slots = cache_slots(target, scenario) if slots is None else slots
     tokens = trace.tokens if trace else tokens
@@ -225,7 +227,8 @@ def run(
         loads += _masked_loads(target, scenario, slots, trace, progress)
     loads.sort(key=lambda load: place(load.site))
     recall = trace.recall if trace else None
-    return Run(target, scenario, slots, loads, _positions(trace, tokens), recall)
+    positions = _positions(trace, tokens, sequence or scenario.context)
+    return Run(target, scenario, slots, loads, positions, recall)
 
 
 def _whole_loads(
@@ -283,11 +286,11 @@ def _load(site: TraceSite, weights: Weights, counts: SiteCounts, source: TraceSi
     )
 
 
-def _positions(trace: Trace | None, tokens: int) -> Array:
-    """(tokens,) tokens before each in its sequence; without a trace it is one sequence."""
+def _positions(trace: Trace | None, tokens: int, sequence: int) -> Array:
+    """(tokens,) tokens before each in its sequence."""
     at = np.arange(tokens)
     if trace is None:
-        return at.astype(np.float64)
+        return (at % sequence).astype(np.float64)
     begins = trace.starts[np.searchsorted(trace.starts, at, side="right") - 1]
     return (at - begins).astype(np.float64)
 
