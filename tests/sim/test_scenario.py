@@ -122,7 +122,7 @@ def test_the_dense_model_keeps_its_first_records() -> None:
 
 
 def test_the_dense_model_reads_sequences() -> None:
-    """As long as keys and values are kept for, unless it is said: attention's time depends on it."""
+    """As long as keys and values are kept for, unless it is said: attention's time follows."""
     dense, held = own_target(SHAPE, ()), scenario(UNITS * RECORD)
     for sequence, longest in ((None, CONTEXT), (10, 10)):
         positions = run(dense, held, None, tokens=40, sequence=sequence).positions

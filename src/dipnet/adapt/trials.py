@@ -185,8 +185,8 @@ class Trials:
         needs = Needs.of(target, index.weights, self.task.context)
         held = sum(slots[key] * group.record_bytes for key, group in _cached(index).items())
         how = Scenario(needs.fixed + held, setup.policy, index.weights, self.task.context)
-        sizes = {"tokens": self._tokens(), "sequence": self.task.window}
-        made = run(target, how, trace, slots=slots, **sizes)
+        tokens, window = self._tokens(), self.task.window
+        made = run(target, how, trace, tokens=tokens, sequence=window, slots=slots)
         return replace(made, recall=self.recall).on(self.task.device)
 
     def slots(
