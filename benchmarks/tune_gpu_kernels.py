@@ -2,7 +2,8 @@
 
     python benchmarks/tune_gpu_kernels.py [--seconds S] [--triton [--jobs N]]
 
-Prints a table of that file, of clusters or of Triton's programs, and ends with one JSON line.
+Prints the best cuts of selections, a table of that file, of clusters or of Triton's programs, and
+ends with one JSON line.
 `--seconds` is the limit for one product; what was not tried then is left out, and said. Triton's
 kernels are compiled by N processes before.
 """
@@ -23,7 +24,8 @@ from torch import Tensor
 from dipnet.kernels.gpu.clusters import cluster_columns
 from dipnet.kernels.gpu.columns import columns
 from dipnet.kernels.gpu.integers import integer_columns
-from dipnet.kernels.gpu.tiles import ClusterTile, ColumnsTile, Product
+from dipnet.kernels.gpu.selection import select
+from dipnet.kernels.gpu.tiles import ClusterTile, ColumnsTile, Cut, Product
 from dipnet.kernels.gpu.weights import Weight
 from dipnet.kernels.reference import row_bytes
 
@@ -57,6 +59,8 @@ INPUTS = {
 """The products of columns that are tuned, and the input channels of each."""
 
 
+UNITS = (4096, 7168, 14336, 28672, 49152)
+"""Units among which a selection is tuned."""
 Cutting = ColumnsTile | ClusterTile
 
 
@@ -147,6 +151,20 @@ def tuned(
     return sorted(found)
 
 
+def tuned_cuts(units: int) -> list[tuple[float, Cut]]:
+    """Microseconds of each cut of a selection of half of the units, the fastest first."""
+    scores = [torch.randn(1, units, device=DEVICE, dtype=torch.float16) for _ in range(4)]
+    index, found = torch.empty(1, units // 2, device=DEVICE, dtype=torch.int32), []
+    for cut in map(Cut._make, itertools.product((1, 2, 4, 8, 16), (256, 512, 1024), (4, 8))):
+        if units <= cut.blocks * cut.threads * cut.each < 4 * units:
+
+            def run(i: int, cut: Cut = cut) -> None:
+                select(cut, scores[i % 4], True, index=index, k=units // 2)
+
+            found.append((graph_us(run, 40), cut))
+    return sorted(found)
+
+
 def compile_share(job: int, jobs: int) -> None:
     """Compile every jobs-th kernel, for the processes that come after."""
     x = torch.randn(1, 64, device=DEVICE, dtype=torch.float16)
@@ -188,6 +206,9 @@ def main() -> None:
         for process in [subprocess.Popen([*again, str(job)]) for job in range(args.jobs)]:
             process.wait()
     report = {}
+    for units in UNITS:
+        us, cut = tuned_cuts(units)[0]
+        print(f"# selection among {units}: {cut!r}, {us:.2f} us")
     print("COLUMNS = {" if args.triton else "CLUSTERS = {")
     for product, inputs in INPUTS.items():
         found = tuned(product, inputs, args.seconds, triton=args.triton)

@@ -29,6 +29,7 @@ typedef unsigned short u16;
 #define LAST_BINS (1 << LAST_BITS)
 #define KEY_BITS (FIRST_BITS + LAST_BITS + (DIGITS - 2) * MIDDLE_BITS)
 #define WARPS (THREADS / 32)
+#define SPREAD (BLOCKS > 8)  // each block sums some of the bins: fewer writes than to all, reads later
 #define ALL 0xffffffffu
 
 #if KIND == 2
@@ -71,6 +72,13 @@ __device__ void add_in_block(u32* address, u32 block, u32 value) {
 __device__ void set_in_block(u32* address, u32 block, u32 value) {
     asm volatile("st.shared::cluster.u32 [%0], %1;"
                  ::"r"(in_block(address, block)), "r"(value) : "memory");
+}
+
+__device__ u32 read_in_block(const u32* address, u32 block) {
+    u32 value;
+    asm volatile("ld.shared::cluster.u32 %0, [%1];"
+                 : "=r"(value) : "r"(in_block((u32*)address, block)) : "memory");
+    return value;
 }
 
 __device__ float number(Score score) {
@@ -135,13 +143,20 @@ struct Bins {
 
     __device__ void count(u32 bin) { atomicAdd(BLOCKS > 1 ? &own[bin] : &all[bin], 1u); }
 
-    // Add this block's counts to every block's; the caller waits for the other blocks.
+    // Add this block's counts to those of all; the caller waits for the other blocks.
     __device__ void share(u32 thread) {
         __syncthreads();
         if (BLOCKS == 1) return;
         for (u32 i = thread; i < SIZE; i += THREADS)
             if (u32 counted = own[i])
-                for (u32 block = 0; block < BLOCKS; block++) add_in_block(&all[i], block, counted);
+                for (u32 block = 0; block < (SPREAD ? 1 : BLOCKS); block++)
+                    add_in_block(&all[i], SPREAD ? owner(i) : block, counted);
+    }
+
+    __device__ u32 owner(u32 bin) const { return bin / (SIZE / BLOCKS); }
+
+    __device__ u32 of_all(u32 bin) const {
+        return SPREAD ? read_in_block(&all[bin], owner(bin)) : all[bin];
     }
 };
 
@@ -168,12 +183,13 @@ __device__ void read_scores(const Score* scores, u32 begin, u32 n, Score* own) {
 // Find the next digit: the highest bin that `wanted` keys reach, counted from above. Sets
 // shared.digit and shared.wanted, the keys still wanted inside that bin.
 template <u32 SIZE>
-__device__ void find_digit(Shared& shared, const u32* bins, u32 wanted, u32* totals, u32 thread) {
+__device__ void find_digit(Shared& shared, const Bins<SIZE>& bins, u32 wanted, u32* totals,
+                           u32 thread) {
     const u32 most = SIZE > THREADS ? SIZE / THREADS : 1;
     u32 counts[most], sum = 0;
     for (u32 i = 0; i < most; i++) {
         u32 place = thread * most + i;
-        counts[i] = place < SIZE ? bins[SIZE - 1 - place] : 0;
+        counts[i] = place < SIZE ? bins.of_all(SIZE - 1 - place) : 0;
         sum += counts[i];
     }
     u32 before = before_in_block(sum, totals, thread % 32, thread / 32);
@@ -249,7 +265,7 @@ select_units(const Score* scores, const float* factor, const float* threshold, i
     shared.first.share(thread);
     arrive();
     wait();
-    find_digit<FIRST_BINS>(shared, shared.first.all, k, shared.totals[0], thread);
+    find_digit<FIRST_BINS>(shared, shared.first, k, shared.totals[0], thread);
     u32 found = shared.digit, wanted = shared.wanted, shift = KEY_BITS - FIRST_BITS;
 
     for (u32 digit = 0; digit + 2 < DIGITS; digit++) {
@@ -261,7 +277,7 @@ select_units(const Score* scores, const float* factor, const float* threshold, i
         bins.share(thread);
         arrive();
         wait();
-        find_digit<MIDDLE_BINS>(shared, bins.all, wanted, shared.totals[1 + digit], thread);
+        find_digit<MIDDLE_BINS>(shared, bins, wanted, shared.totals[1 + digit], thread);
         found = found << MIDDLE_BITS | shared.digit;
         wanted = shared.wanted;
     }
