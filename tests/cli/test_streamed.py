@@ -63,7 +63,7 @@ def test_options_that_a_checkpoint_does_not_have(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--device", "cpu"), "--device has no effect on a packed model"),
+        (("--device", "mps"), "a packed model"),  # eval takes no device, run a GPU
         (("--dtype", "float32"), "--dtype has no effect on a packed model"),
         (("--memory", "1GiB", "--cache", "1MiB"), "give either --memory"),
         (("--memory", "much"), "'much' is no size"),

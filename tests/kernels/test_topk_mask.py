@@ -201,3 +201,39 @@ def test_cuda_equals_cpu_and_is_captured_in_a_graph() -> None:
     static.copy_(-scores)
     graph.replay()
     assert torch.equal(captured.cpu(), topk_mask(-scores, 448, "reference"))
+
+
+needs_gpu = pytest.mark.cuda
+on_gpu_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+
+
+@needs_gpu
+@on_gpu_dtypes
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    """One launch, with the same bits; what it cannot serve is the reference's."""
+    for shape in [(1, 1), (3, 33), (2, 5, 1025), (1, 14336), (0, 12), (4, 200_000)]:
+        scores = torch.randn(shape).to(dtype)
+        for k in sorted({0, 1, shape[-1] // 2, shape[-1]}):
+            found = topk_mask(scores.cuda(), k)
+            assert torch.equal(found.cpu(), topk_mask(scores, k, "reference"))
+
+
+@needs_gpu
+def test_special_scores_on_a_gpu() -> None:
+    scores = torch.tensor(SPECIAL).repeat(9)
+    for k in range(0, len(scores), 7):
+        found = topk_mask(scores.cuda(), k, "gpu")
+        assert torch.equal(found.cpu(), topk_mask(scores, k, "reference"))
+
+
+@needs_gpu
+def test_float64_on_a_gpu_is_the_references() -> None:
+    scores = torch.tensor([1.0, 1.0 + 1e-12, 1.0], dtype=torch.float64).cuda()
+    assert topk_mask(scores, 1).tolist() == [False, True, False]
+    with pytest.raises(BackendError, match="takes float16, bfloat16 and float32"):
+        topk_mask(scores, 1, "gpu")
+
+
+def test_a_gpu_is_not_asked_about_a_cpu() -> None:
+    with pytest.raises(BackendError, match="needs scores on a CUDA GPU, not on cpu"):
+        topk_mask(torch.randn(4), 2, "gpu")

@@ -66,4 +66,6 @@ def decode_alone(model: PreTrainedModel) -> Tensor:
 
 
 def attachment(model: PreTrainedModel) -> Streamed:
-    return streamed(model)
+    found = streamed(model)
+    assert isinstance(found, Streamed)
+    return found

@@ -24,14 +24,23 @@ from tests.streaming.conftest import Stores
 from tests.streaming.decoding import TOKENS, attachment, decode, decode_alone, load
 from tests.streaming.records import instruction_sets
 
-STREAMED = ["dense", "dip", "dip-explicit", "dip-attention", "glu", "teal", "teal-mlp"]
+STREAMED = [
+    "dense",
+    "dip",
+    "dip-explicit",
+    "dip-attention",
+    "dip-allocation",
+    "dip-scores",
+    "glu",
+    "teal",
+    "teal-mlp",
+]
 AWARE = dipnet.DIP(0.5, cache_aware=0.2)
 QUANTISED: list[Weights] = ["int4", "int8"]
 
 
 def method_of(family: str, name: str) -> Method:
-    method = METHODS[name].method
-    return calibrated(family, name) if method.needs_calibration else method
+    return calibrated(family, name)
 
 
 def same(model: PreTrainedModel, other: PreTrainedModel) -> None:

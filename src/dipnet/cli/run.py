@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -149,7 +149,8 @@ def run(
     text = _prompt(prompt, prompt_file)
     quiet_libraries()
     sampling = _sampling(temperature, top_p, seed)
-    streams = streaming.streams(model, device, dtype)
+    streams = streaming.streams(model, "auto", dtype)  # a packed model may run on a GPU, too
+    streaming = replace(streaming, device="cpu" if device == "auto" else device)
     streaming.check([request])
     if streams and calibration:
         raise InputError("--calibration has no effect on a packed model: leave it out")
@@ -167,7 +168,7 @@ def run(
         _attached(loaded, chosen, prefill, store, backend),
         tracing.record(loaded.model, loaded.name),
     ):
-        outcome = _generate(loaded, tokens, max_new_tokens, sampling, store, show=not json)
+        outcome = _generate(loaded, tokens, max_new_tokens, sampling, show=not json)
     if trace:
         note(f"saved {trace}")
     if json:
@@ -222,15 +223,15 @@ def _open(
 ) -> tuple[LoadedModel, Tensor, Method]:
     """A packed model with memory for this text and no more, the prompt's tokens, the method."""
     from dipnet.eval.generate import prompt_tokens
+    from dipnet.models.attach import attached_method
     from dipnet.models.load import load_tokenizer
     from dipnet.store.index import read_index
-    from dipnet.streaming.attach import streamed
 
     longest = read_index(store).context
     tokens = prompt_tokens(str(store), load_tokenizer(str(store)), longest, text, chat=chat)
     context = min(longest, tokens.shape[1] + max_new_tokens)
     loaded = streaming.load(store, method, context, prefill.value)
-    return loaded, tokens, streamed(loaded.model).method
+    return loaded, tokens.to(loaded.model.device), attached_method(loaded.model)
 
 
 @contextmanager
@@ -263,15 +264,16 @@ def _generate(
     prompt: Tensor,
     max_new_tokens: int,
     sampling: Sampling,
-    store: Path | None,
     *,
     show: bool,
 ) -> Outcome:
     """Generate; what was written stays when an error or an interruption ends it."""
     from dipnet.eval.generate import generate, peak_memory
     from dipnet.models.attach import usage
+    from dipnet.streaming.attach import is_streamed
     from dipnet.streaming.load import stats
 
+    streams = is_streamed(loaded.model)
     room = loaded.context - prompt.shape[1]
     if max_new_tokens > room:
         note(f"the context of {loaded.context} tokens has room for {room} new ones: stopping there")
@@ -290,7 +292,7 @@ def _generate(
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             write=write if show else None,
-            decoding=(lambda: of_prompt.append(stats(loaded.model))) if store else None,
+            decoding=(lambda: of_prompt.append(stats(loaded.model))) if streams else None,
         )
     except BaseException:
         if written:  # the error's line begins a line of its own
@@ -302,7 +304,7 @@ def _generate(
         made,
         usage(loaded.model).density(),
         peak_memory(loaded.model.device),
-        stats(loaded.model).since(of_prompt[0]) if store else None,
+        stats(loaded.model).since(of_prompt[0]) if streams else None,
     )
 
 

@@ -51,7 +51,7 @@ Memory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Bound on the whole process's memory: 4GiB, 800MB",
+        help="Bound on the whole process's memory, with --device cuda on the GPU's: 4GiB, 800MB",
         show_default=False,
         rich_help_panel=STORES,
     ),
@@ -95,6 +95,7 @@ class Streaming:
     look_ahead: bool = True
     weights: Kind | None = None
     plan: Plan | None = None
+    device: str = "cpu"
 
     @property
     def bounded(self) -> bool:
@@ -186,6 +187,7 @@ class Streaming:
                 prefill=prefill,
                 look_ahead=self.look_ahead,
                 plan=self.plan,
+                device=self.device,
             )
         return LoadedModel(str(store), model, tokenizer, weights)
 
@@ -270,8 +272,9 @@ def show_decoding(stats: Stats, seconds: float) -> None:
             f"{value / tokens * 1e3:.2f} ms",
             f"{value / seconds if seconds else 0:.1%}",
         )
-    err.print("\n[bold]Where a token's time went[/]")
-    err.print(times)
+    if stats.kernels:  # on a GPU nothing waits, and time is not divided
+        err.print("\n[bold]Where a token's time went[/]")
+        err.print(times)
     err.print()
     err.print(_reads(stats, tokens))
 
@@ -302,7 +305,7 @@ def _reads(stats: Stats, tokens: int) -> Table:
     early = sum(site.early for site in stats.sites.values())
     rate = f" at {size_text(stats.disk_rate)}/s" if stats.disk_rate else ""
     rows = {
-        "in memory": ", ".join(f"{n} {r:.1%}" for n, r in rates.items() if r is not None),
+        "in memory": ", ".join(f"{n} {r:.1%}" for n, r in rates.items() if r is not None) or "all",
         "read": f"{size_text(stats.bytes_read / tokens)} a token, in "
         f"{stats.reads / tokens:,.0f} reads{rate}",
         "read ahead": f"{guessed:,} records"

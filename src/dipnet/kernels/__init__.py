@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from dipnet.errors import BackendError, InputError
-from dipnet.kernels import native, reference
+from dipnet.kernels import native, on_gpu, reference
 
-BACKENDS = ("auto", "reference", "native")
+BACKENDS = ("auto", "reference", "native", "gpu")
 ROW_KINDS = ("int4", "int8", "bf16")
+NO_ROWS = "multiplies rows by dipnet.kernels.gpu.rows_product"
 
 
 def topk_mask(scores: Tensor, k: int, backend: str = "auto") -> Tensor:
@@ -27,7 +28,7 @@ def topk_mask(scores: Tensor, k: int, backend: str = "auto") -> Tensor:
         BackendError: the requested backend is unknown or cannot serve these scores.
     """
     _check_scores(scores, k)
-    chosen = _choose(backend, native.why_not(scores))
+    chosen = _choose(backend, native.why_not(scores), on_gpu.why_not(scores))
     if k in (0, scores.shape[-1]):
         return _all_or_none(scores, k)
     return chosen.topk_mask(scores, k)
@@ -38,23 +39,25 @@ def cache_aware_topk(
 ) -> Tensor:
     """`topk_mask` of scores that are ``gamma`` times as high where a unit is not resident.
 
-    (..., n) floating scores, (n,) bool ``resident`` -> (..., n) bool. Scores are magnitudes, so a
-    ``gamma`` in (0, 1] prefers what is resident. The product is rounded to float32 (float64 for
-    float64 scores), so every backend returns the same bits.
+    (..., n) floating scores and a bool ``resident``, (n,) for all rows or (..., n) -> (..., n)
+    bool. Scores are magnitudes, so a ``gamma`` in (0, 1] prefers what is resident. The product is
+    rounded to float32 (float64 for float64 scores), so every backend returns the same bits.
 
     Raises:
-        InputError: as `topk_mask`; or resident is not bool of shape (n,), or gamma not in (0, 1].
+        InputError: as `topk_mask`; or resident is not bool of such a shape, or gamma not in (0, 1].
         BackendError: the requested backend is unknown or cannot serve these scores.
     """
     _check_scores(scores, k)
-    if resident.dtype != torch.bool or resident.shape != scores.shape[-1:]:
+    if resident.dtype != torch.bool or resident.shape not in (scores.shape[-1:], scores.shape):
         raise InputError(
             f"resident must be bool of shape {tuple(scores.shape[-1:])}, not {resident.dtype} of "
             f"shape {tuple(resident.shape)}"
         )
     if not 0 < gamma <= 1:
         raise InputError(f"gamma must be in (0, 1], not {gamma!r}")
-    chosen = _choose(backend, native.why_not(scores, resident))
+    if backend == "auto" and resident.dim() > 1:  # the product here, the selection by the fastest
+        return topk_mask(reference.preferred(scores, resident, gamma), k)
+    chosen = _choose(backend, native.why_not(scores, resident), on_gpu.why_not(scores, resident))
     if k in (0, scores.shape[-1]):
         return _all_or_none(scores, k)
     return chosen.cache_aware_topk(scores, k, resident, gamma)
@@ -79,7 +82,7 @@ def gather_rows(
         BackendError: the requested backend is unknown or cannot serve these tensors.
     """
     _check_rows(rows, scales, x, mask, kind)
-    chosen = _choose(backend, native.why_not_rows(rows, scales, x, mask))
+    chosen = _choose(backend, native.why_not_rows(rows, scales, x, mask), NO_ROWS)
     return chosen.gather_rows(rows, scales, x, mask, kind)
 
 
@@ -121,10 +124,13 @@ def _check_scores(scores: Tensor, k: int) -> None:
         raise InputError(f"k must be between 0 and n = {scores.shape[-1]}, not {k}")
 
 
-def _choose(backend: str, no_native: str | None) -> ModuleType:
-    """Module that serves the call, given why the native one cannot (None: it can)."""
+def _choose(backend: str, no_native: str | None, no_gpu: str | None) -> ModuleType:
+    """Module that serves the call, given why the others cannot (None: they can)."""
     if backend not in BACKENDS:
         raise BackendError(f"no backend {backend!r}; there are: {', '.join(BACKENDS)}")
-    if backend == "native" and no_native:
-        raise BackendError(f"backend 'native' {no_native}; there are: {', '.join(BACKENDS)}")
-    return reference if backend == "reference" or no_native else native
+    for name, module, reason in (("native", native, no_native), ("gpu", on_gpu, no_gpu)):
+        if backend == name and reason:
+            raise BackendError(f"backend {name!r} {reason}; there are: {', '.join(BACKENDS)}")
+        if backend in (name, "auto") and not reason:
+            return module
+    return reference

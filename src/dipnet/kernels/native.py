@@ -22,6 +22,8 @@ def why_not(scores: Tensor, resident: Tensor | None = None) -> str | None:
         return f"takes float32, bfloat16 and float16 on cpu, not {dtype} on {device}"
     if resident is not None and resident.device.type != "cpu":
         return f"takes a residency on cpu, not on {resident.device.type}"
+    if resident is not None and resident.dim() > 1:
+        return "takes one residency for all rows"
     return None
 
 

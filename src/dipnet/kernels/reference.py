@@ -23,9 +23,14 @@ def topk_mask(scores: Tensor, k: int) -> Tensor:
 
 
 def cache_aware_topk(scores: Tensor, k: int, resident: Tensor, gamma: float) -> Tensor:
-    """`topk_mask` with scores times ``gamma`` where (n,) ``resident`` is False."""
-    scores = scores if scores.dtype in _INTEGERS else scores.float()
-    return topk_mask(torch.where(resident, scores, scores * gamma), k)
+    """`topk_mask` with scores times ``gamma`` where ``resident`` is False."""
+    return topk_mask(preferred(scores, resident, gamma), k)
+
+
+def preferred(scores: Tensor, resident: Tensor, gamma: float) -> Tensor:
+    """The scores that compete: as they are where ``resident``, else times ``gamma``."""
+    scores = scores.detach() if scores.dtype in _INTEGERS else scores.detach().float()
+    return torch.where(resident, scores, scores * gamma)
 
 
 def row_bytes(kind: str, inputs: int) -> int:

@@ -95,9 +95,17 @@ class Method(ABC):
     def score(self, site: Site, x: Tensor) -> Tensor:
         """(..., channels) activations -> (..., units) scores in at least float32.
 
-        By default the magnitude of a channel, and the L2 norm of a block of them.
+        By default the magnitude of a channel times its factor where there is one, and the L2 norm
+        of a block of them.
         """
-        return block_norms(magnitude(x), site.block)
+        weighed, factor = magnitude(x), self.factor(site, x.device)
+        return block_norms(weighed if factor is None else weighed * factor, site.block)
+
+    def factor(self, site: Site, device: torch.device) -> Tensor | None:
+        """(channels,) float32 on ``device`` that magnitudes are multiplied with before they are
+        compared: what a channel's weights, or a text, say of its worth. None where all count alike.
+        """
+        return None
 
     @abstractmethod
     def select(self, site: Site, scores: Tensor, resident: Tensor | None = None) -> Tensor:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
+import torch
 from torch import Tensor
 
-from dipnet.methods.base import SiteKey, Weights, magnitude
+from dipnet.methods.base import SiteKey, Weights
 from dipnet.methods.glu import GLUOracle
 from dipnet.methods.wina import column_norms
 from dipnet.units import ModelSpec, Site
@@ -35,5 +36,5 @@ class CETT(GLUOracle):
         }
         return replace(self, norms=norms)
 
-    def score(self, site: Site, x: Tensor) -> Tensor:
-        return magnitude(x) * self.norms[site.layer, site.name]
+    def factor(self, site: Site, device: torch.device) -> Tensor | None:
+        return self.norms[site.layer, site.name]

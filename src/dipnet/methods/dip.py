@@ -10,13 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from dipnet.errors import InputError
 from dipnet.kernels import cache_aware_topk
-from dipnet.methods.base import TopK
+from dipnet.methods.allocation import Allocation
+from dipnet.methods.base import SiteKey, TopK
+from dipnet.methods.factors import Factors
 from dipnet.units import ModelSpec, Site, check_density, kept_units
 
 # What is used when nothing was fitted on one's own model: on the demo models, the best split at
@@ -36,6 +40,12 @@ class DIP(TopK):
     ``input_density`` and ``hidden_density`` can be given. ``attention_density`` prunes the inputs
     of the attention projections by the same rule; without it, attention stays dense.
 
+    ``allocation`` is the file of `dipnet fit allocation`, or what `Allocation.load` read: each
+    site of each layer then has a density of its own, and ``density`` is the share of the weights of
+    all its sites, attention's among them if it has any. ``scores`` is the file of
+    `dipnet fit scores`, or what `Factors.load` read: what magnitudes are multiplied with before
+    they are compared. They are read for every token and are counted.
+
     ``cache_aware`` is the paper's γ in (0, 1] (DIP-CA): where a cache says which units are in
     memory, the scores of the others are multiplied with it before the top-k, so a lower value
     prefers what need not be loaded; 1 and None are plain DIP. ``hidden_block`` lets the second
@@ -51,6 +61,10 @@ class DIP(TopK):
     attention_density: float | None = field(default=None, kw_only=True)
     cache_aware: float | None = field(default=None, kw_only=True)
     hidden_block: int | None = field(default=None, kw_only=True)
+    allocation: str | Path | Allocation | None = field(default=None, kw_only=True)
+    scores: str | Path | Factors | None = field(default=None, kw_only=True)
+    allocated: Allocation | None = field(default=None, init=False, repr=False, compare=False)
+    factors: Factors | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("density", "input_density", "hidden_density", "attention_density"):
@@ -68,6 +82,37 @@ class DIP(TopK):
         block = self.hidden_block
         if block is not None and (type(block) is not int or block < 1):
             raise InputError(f"hidden_block must be a whole number from 1 up, got {block!r}")
+        self._read_files()
+
+    def _read_files(self) -> None:
+        """Put what ``allocation`` and ``scores`` stand for in place, and check it."""
+        for option in ("allocation", "scores"):
+            if isinstance(given := getattr(self, option), Path):
+                object.__setattr__(self, option, str(given))  # told where settings are told
+        allocation, scores = self.allocation, self.scores
+        if isinstance(allocation, str):
+            allocation = Allocation.load(allocation)
+        if isinstance(scores, str):
+            scores = Factors.load(scores)
+        if not isinstance(allocation, Allocation | None):
+            raise InputError(f"allocation is a file of dipnet fit allocation, not {allocation!r}")
+        if not isinstance(scores, Factors | None):
+            raise InputError(f"scores is a file of dipnet fit scores, not {scores!r}")
+        object.__setattr__(self, "allocated", allocation)
+        object.__setattr__(self, "factors", scores)
+        if allocation is not None:
+            self._check_allocation(allocation)
+
+    def _check_allocation(self, allocation: Allocation) -> None:
+        if self.density is None or self.split is not None:
+            raise InputError(
+                "an allocation divides one density: give density with it, and no split, "
+                "input_density or hidden_density"
+            )
+        if allocation.has_attention and self.attention_density is not None:
+            raise InputError(
+                "this allocation divides attention's density too: leave out attention_density"
+            )
 
     def _check_cache_aware(self, gamma: float) -> None:
         number = isinstance(gamma, int | float) and not isinstance(gamma, bool)
@@ -85,7 +130,9 @@ class DIP(TopK):
             raise InputError("split goes with density, not with input_density and hidden_density")
 
     def densities(self, spec: ModelSpec) -> tuple[float, float]:
-        """The input mask's and the hidden mask's density on a model of shape ``spec``."""
+        """The input mask's and the hidden mask's density on a model of shape ``spec``: the same in
+        all layers, without an allocation.
+        """
         if self.density is None:
             assert self.input_density is not None
             assert self.hidden_density is not None
@@ -97,14 +144,42 @@ class DIP(TopK):
         return tuple(self._sites(spec))
 
     def _sites(self, spec: ModelSpec) -> Iterator[Site]:
-        input_density, hidden_density = self.densities(spec)
+        densities = self._site_densities(spec)
         for layer in range(spec.layers):
-            if self.attention_density is not None:
-                yield spec.input_site(layer, "attn.in", self.attention_density, "q", "k", "v")
-                yield spec.input_site(layer, "attn.out", self.attention_density, "o")
-            yield spec.input_site(layer, "mlp.in", input_density, *spec.input_matrices)
+            if (layer, "attn.in") in densities:
+                yield spec.input_site(layer, "attn.in", densities[layer, "attn.in"], "q", "k", "v")
+                yield spec.input_site(layer, "attn.out", densities[layer, "attn.out"], "o")
+            yield spec.input_site(layer, "mlp.in", densities[layer, "mlp.in"], *spec.input_matrices)
             block = self.hidden_block or 1
-            yield spec.neuron_site(layer, hidden_density, "hidden", block=block)
+            yield spec.neuron_site(layer, densities[layer, "mlp.hidden"], "hidden", block=block)
+
+    def _site_densities(self, spec: ModelSpec) -> dict[SiteKey, float]:
+        """The share of its units that each site keeps."""
+        named: dict[str, float] = {}
+        if self.attention_density is not None:
+            named = {"attn.in": self.attention_density, "attn.out": self.attention_density}
+        if self.allocated is None:
+            named["mlp.in"], named["mlp.hidden"] = self.densities(spec)
+        found = {(layer, name): named[name] for layer in range(spec.layers) for name in named}
+        if self.allocated is not None:
+            assert self.density is not None
+            self.allocated.check_model(spec)
+            found |= self.allocated.densities(self.density)
+        return found
+
+    def factor(self, site: Site, device: torch.device) -> Tensor | None:
+        return None if self.factors is None else self.factors.near(site.layer, site.name, device)
+
+    def check_model(self, spec: ModelSpec) -> None:
+        if self.factors is not None:
+            self.factors.check_model(spec)
+        super().check_model(spec)
+
+    def added_weights(self, spec: ModelSpec) -> int:
+        if self.factors is None:
+            return 0
+        keys = ((site.layer, site.name) for site in self.sites(spec))
+        return sum(self.factors.values[key].numel() for key in keys if key in self.factors.values)
 
     def select(self, site: Site, scores: Tensor, resident: Tensor | None = None) -> Tensor:
         if resident is None or self.cache_aware is None:

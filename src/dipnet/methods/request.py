@@ -39,7 +39,8 @@ class MethodRequest:
         from dipnet.methods.dip import DIP
 
         dip = issubclass(method_class(self.name), DIP)
-        return dip and not {"split", "input_density", "hidden_density"} & set(self.options)
+        told = {"split", "input_density", "hidden_density", "allocation"}
+        return dip and not told & set(self.options)
 
     def build(self, density: float | None) -> Method:
         """The method at a density; InputError when it takes none or cannot have that one."""

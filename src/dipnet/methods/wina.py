@@ -9,7 +9,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from dipnet.methods.base import SiteKey, Weights, block_norms, magnitude
+from dipnet.errors import InputError
+from dipnet.methods.base import SiteKey, Weights
 from dipnet.methods.dip import DIP
 from dipnet.units import ModelSpec, Site
 
@@ -27,6 +28,11 @@ class WINA(DIP):
         default_factory=dict, kw_only=True, repr=False, compare=False
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scores is not None:
+            raise InputError("wina has scores of its own: leave scores out, or take dip")
+
     def prepare(self, weights: Weights, spec: ModelSpec) -> Self:
         norms = {
             (site.layer, site.name): column_norms(
@@ -36,8 +42,8 @@ class WINA(DIP):
         }
         return replace(self, norms=norms)
 
-    def score(self, site: Site, x: Tensor) -> Tensor:
-        return block_norms(magnitude(x) * self.norms[site.layer, site.name], site.block)
+    def factor(self, site: Site, device: torch.device) -> Tensor | None:
+        return self.norms[site.layer, site.name]
 
     def added_weights(self, spec: ModelSpec) -> int:
         return sum(site.channels for site in self.sites(spec))

@@ -64,10 +64,10 @@ def sparsify(
     Without ``cache`` everything is in memory.
 
     ``backend`` is "reference", which computes everything and multiplies with masks; "gpu", whose
-    kernels in decoding read what the masks keep, for one sequence; "skip", which does in plain
-    torch; or "auto": of "gpu" on a GPU and "skip" on a CPU what serves, else the reference. On
-    "gpu", parameters become views of other memory until the model is restored, and ``generate()``
-    of one sequence runs our own loop where that knows the family. "skip" serves where neurons and
+    kernels in decoding read what the masks keep, for up to eight sequences; "skip", which does in
+    plain torch; or "auto": of "gpu" on a GPU and "skip" on a CPU what serves, else the reference.
+    On "gpu", parameters become views of other memory until the model is restored, and
+    ``generate()`` runs our own loop where that knows the family. "skip" serves where neurons and
     heads are chosen before their block, as by Deja Vu's predictors. Keys and values of skipped
     heads are computed when a head next needs them, from what attention read for the last
     ``kept_inputs`` tokens, and in turn before one of these is forgotten. A call with gradients, or
@@ -89,7 +89,7 @@ def sparsify(
     try:
         attachment.attach()
     except torch.OutOfMemoryError:
-        if attachment.decoding is None or not out_of_memory(backend):
+        if attachment.decoding is None or not out_of_memory(backend, attachment.decoder):
             raise
         attachment.decoding = None
         attachment.attach()
@@ -114,6 +114,12 @@ def usage(model: PreTrainedModel) -> Usage:
     if not hasattr(model, ATTACHED):
         raise InputError("the model is not sparsified: call dipnet.sparsify(model, method) first")
     return cast(Usage, getattr(model, ATTACHED).usage)
+
+
+def attached_method(model: PreTrainedModel) -> Method:
+    """The method that a model runs; InputError when it is not sparsified."""
+    usage(model)
+    return cast(Method, getattr(model, ATTACHED).method)
 
 
 def attached_prefill(model: PreTrainedModel) -> Prefill | None:
@@ -177,9 +183,9 @@ class Attachment:
             strict = backend == "skip"
             self.skipping = Skipping(self.decoder, self.tokens, self.usage, kept_inputs, strict)
         if chosen == "gpu":
-            self.decoding = Decoding(
-                self.decoder, self.method, self.tokens, self.residual, self.usage, kept_inputs
-            )
+            watched = self.tokens, self.residual, self.usage
+            strict = backend == "gpu"
+            self.decoding = Decoding(self.decoder, self.method, *watched, kept_inputs, strict)
 
     def attach(self) -> None:
         """Hook every site and swap in statically pruned weights; all or nothing."""
@@ -336,7 +342,7 @@ class SiteMask:
     def decide(self, x: Tensor) -> Tensor:
         """(..., n) input, or another activation of these tokens -> (..., units) bool, counted."""
         scored = self._scored(x)
-        if self.masks.cache is not None:
+        if self.masks.cache is not None and self.masks.cache.sequential:
             check_not_recomputed(self.tokens.running)
         return self.masks.decide(
             scored,

@@ -10,9 +10,10 @@ from dipnet.errors import BackendError, InputError
 from dipnet.kernels.gpu.choice import why_not as why_not_tensors
 from dipnet.methods.base import Method
 from dipnet.models import decoding, skipping
+from dipnet.models.decoding.memory import free_text
 from dipnet.models.families import Decoder
 from dipnet.models.skipping.base import BACKENDS
-from dipnet.units import Site
+from dipnet.units import Site, size_text
 
 
 def choose(
@@ -68,12 +69,18 @@ def _why_not(
     return None
 
 
-def out_of_memory(backend: str) -> bool:
+def out_of_memory(backend: str, decoder: Decoder) -> bool:
     """The GPU's memory did not hold a matrix in another order beside the model: says so once.
 
     True where "auto" may go on with the reference. Raises BackendError for a backend by name.
     """
-    reason = "has no memory left for one more matrix on the GPU: free some, or take a smaller model"
+    spec, model = decoder.spec, decoder.model
+    stacks = (("q", "k", "v"), ("o",), spec.input_matrices, ("down",))
+    needed = size_text(max(spec.weights(*stack) for stack in stacks) * model.dtype.itemsize)
+    reason = (
+        f"needs {needed} more of the GPU's memory while weights are put in its order, and "
+        f"{free_text(model.device)} is free: free some, or take a smaller model"
+    )
     if backend != "auto":
         raise BackendError(f"backend {backend!r} {reason}") from None
     _warn(reason)

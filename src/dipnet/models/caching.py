@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -41,14 +41,19 @@ class CacheState:
 
 
 class SiteCache:
-    """The cache of one site, warm from one call to the next, and the masks made with it."""
+    """The cache of one site, warm from one call to the next, and the masks made with it.
+
+    ``sequential``: what a token finds depends on the calls before, so none can be made again.
+    """
+
+    sequential: ClassVar[bool] = True
 
     def __init__(self, site: Site, method: Method, cache: UnitCache) -> None:
         self.site = site
         self.method = method
         self.cache = cache
 
-    def select(self, scores: Tensor, counted: Tensor | None) -> tuple[Tensor, int]:
+    def select(self, scores: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor | int]:
         """(..., units) scores -> the mask, and how many of the wanted units were resident.
 
         Tokens go in order, the rows of a batch one after the other: each mask is decided with

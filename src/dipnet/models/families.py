@@ -240,4 +240,5 @@ def _read_per_token(model: PreTrainedModel) -> int:
 def _own_weights(module: nn.Module) -> int:
     if isinstance(size := getattr(module, "embedding_dim", None), int):  # a table in a file, too
         return size
-    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    return own + int(getattr(module, "packed_weights", 0))  # of columns, which are no parameters

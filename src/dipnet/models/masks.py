@@ -33,7 +33,8 @@ class SiteMasks:
             mask = self.method.select(self.site, scores)
         else:
             mask, hits = self.cache.select(scores, counted)
-            self.usage.count_hits(self.site, hits)
+            if count:
+                self.usage.count_hits(self.site, hits)
         if count:
             self.usage.count_units(self.site, mask, counted)
             if self.usage.recorder is not None:

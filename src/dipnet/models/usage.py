@@ -76,7 +76,7 @@ class Usage:
         self._tokens: Tensor | int = 0
         self._kept: dict[SiteKey, Tensor | int] = dict.fromkeys(self.sites, 0)
         self._groups: dict[SiteKey, Tensor | int] = dict.fromkeys(self.sites, 0)
-        self._hits: dict[SiteKey, int] = {}
+        self._hits: dict[SiteKey, Tensor | int] = {}
         self.gathered: Counter[str] = Counter()
         if self.steps is not None:
             self.steps.reset()
@@ -96,7 +96,7 @@ class Usage:
             groups = counted.unflatten(-1, (-1, group)).any(dim=-1)
             self._groups[key] = self._groups[key] + groups.sum()
 
-    def count_hits(self, site: Site, hits: int) -> None:
+    def count_hits(self, site: Site, hits: Tensor | int) -> None:
         """Count the kept units that the site's cache held."""
         key = (site.layer, site.name)
         self._hits[key] = self._hits.get(key, 0) + hits
@@ -107,7 +107,7 @@ class Usage:
 
     def cache(self) -> CacheUsage:
         """Hits and misses so far, of the sites that have a cache and have used it."""
-        hits = {key: self._hits[key] for key in self.sites if key in self._hits}
+        hits = {key: int(self._hits[key]) for key in self.sites if key in self._hits}
         kept = {key: self._kept_units(key) for key in hits}
         size = {key: self.sites[key].weights_per_unit for key in hits}
         wanted = sum(kept[key] * size[key] for key in hits)
@@ -120,7 +120,7 @@ class Usage:
 
     def density(self) -> Density:
         """The shares so far; with no sparse token yet, those of the dense model."""
-        tokens = int(self._tokens) + (int(self.steps.tokens) if self.steps else 0)
+        tokens = int(self._tokens) + (self.steps.decoded() if self.steps else 0)
         kept = {key: self._mean_kept(key, tokens) for key in self.sites}
         mlp = [self._read(layer, "mlp", tokens) for layer in range(self.spec.layers)]
         attention = [self._read(layer, "attn", tokens) for layer in range(self.spec.layers)]

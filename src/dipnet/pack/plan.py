@@ -60,7 +60,7 @@ def make_plan(
     checkpoint = Checkpoint(source)
     decoder = Decoder(empty_model(config))
     names = TensorNames(decoder, checkpoint)
-    groups = _groups(decoder, names.head_shape, weights, block, unit)
+    groups = groups_of(decoder, names.head_shape, weights, block, unit)
     parts = tuple(names.parts(group) for group in groups)
     scales = [] if weights == "bf16" else [(g.scale_name, g.units * g.columns) for g in groups]
     rest = Rest(scales, names.rest())
@@ -116,9 +116,10 @@ def automatic_block(weights: Weights, outputs: int, channels: int) -> int:
     return 1
 
 
-def _groups(
+def groups_of(
     decoder: Decoder, head: tuple[int, ...], weights: Weights, block: Block, unit: Unit
 ) -> list[Group]:
+    """The groups of a store of a model whose head is (vocabulary, width)."""
     shapes = decoder.spec.matrices
     groups: list[Group] = []
     for layer in range(decoder.spec.layers):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -72,15 +72,35 @@ def damaged_records(folder: Path, index: Index, add: Callable[[int], object]) ->
     """The records whose checksum is wrong, in order; ``add`` is called with the bytes read."""
     found = []
     with _opened(folder / RECORDS_NAME) as file:
-        for number, group in enumerate(index.groups):
-            step = max(1, PIECE_BYTES // group.record_bytes)
-            for first in range(0, group.units, step):
-                piece = _read(file, group, first, min(step, group.units - first))
-                expected = record_checksums(piece, group=number, first_unit=first)
-                wrong = np.flatnonzero(stored_checksums(piece) != expected)
-                found += [Damage(number, first + int(unit)) for unit in wrong]
+        for number in range(len(index.groups)):
+            for _, piece, damaged in _pieces(file, index, number):
+                found += damaged
                 add(piece.nbytes)
     return found
+
+
+def read_group(
+    folder: Path, index: Index, number: int
+) -> Iterator[tuple[int, NDArray[np.uint8], list[Damage]]]:
+    """The records of a group, some at a time.
+
+    The first one's unit, (units, record_bytes) records, and which of them are damaged. Raises
+    InputError when they cannot be read.
+    """
+    with _opened(folder / RECORDS_NAME) as file:
+        yield from _pieces(file, index, number)
+
+
+def _pieces(
+    file: BinaryIO, index: Index, number: int
+) -> Iterator[tuple[int, NDArray[np.uint8], list[Damage]]]:
+    group = index.groups[number]
+    step = max(1, PIECE_BYTES // group.record_bytes)
+    for first in range(0, group.units, step):
+        piece = _read(file, group, first, min(step, group.units - first))
+        expected = record_checksums(piece, group=number, first_unit=first)
+        wrong = np.flatnonzero(stored_checksums(piece) != expected)
+        yield first, piece, [Damage(number, first + int(unit)) for unit in wrong]
 
 
 def _read(file: BinaryIO, group: Group, first: int, units: int) -> NDArray[np.uint8]:

@@ -26,6 +26,7 @@ from dipnet.store.index import Group
 from dipnet.streaming.engine import Engine, Key
 from dipnet.streaming.linear import (
     EngineCache,
+    GroupProduct,
     HeadMasks,
     Masks,
     RecordGroup,
@@ -35,12 +36,66 @@ from dipnet.streaming.linear import (
 from dipnet.streaming.look_ahead import LookAhead
 from dipnet.streaming.methods import ON_HEADS
 from dipnet.streaming.neurons import NeuronColumns, NeuronGroup
-from dipnet.streaming.stats import Recorder
+from dipnet.streaming.stats import Counting, Recorder
 from dipnet.streaming.worth import Worth
 
 
-class Streamed:
+class Loaded:
+    """What `load` attached to a model: records in the place of its linear layers."""
+
+    decoder: Decoder
+    method: Method
+    usage: Usage
+    recorder: Counting
+    groups: Mapping[Key, GroupProduct]
+
+    def detach(self) -> None:
+        """Undo is impossible: there are no dense weights to go back to."""
+        raise InputError("a streamed model has no dense weights to restore: load it again")
+
+    def replace_layers(self) -> None:
+        """Replace the linear layers of the decoder."""
+        for layer in range(self.decoder.spec.layers):
+            for path, held in self.decoder.family.modules.items():
+                self._replace_linear(layer, path, held)
+
+    def replace_head(self) -> None:
+        """Replace the linear layer behind the decoder."""
+        model = self.decoder.model
+        old = model.get_output_embeddings()
+        group = self.groups[None, "head"]
+        bias = getattr(old, "bias", None)
+        linear = RecordLinear(
+            group, slice(0, group.group.rows), 1, None if bias is None else bias.data
+        )
+        name = next(name for name, module in model.named_modules() if module is old)
+        model.set_submodule(name, linear)
+
+    def _group(self, layer: int, matrix: str) -> GroupProduct:
+        return next(
+            group
+            for (at, _), group in self.groups.items()
+            if at == layer and matrix in group.group.matrices
+        )
+
+    def _replace_linear(self, layer: int, path: str, held: tuple[str, ...]) -> None:
+        group = self._group(layer, held[0])
+        old = self.decoder.module(layer, path)
+        bias = None if old.bias is None else old.bias.data
+        if isinstance(group, NeuronGroup) and held == ("down",):
+            self.decoder.layers[layer].set_submodule(path, NeuronColumns(group, bias))
+            return
+        slices = [group.group.output_rows(matrix) for matrix in held]
+        rows = slice(slices[0].start, slices[-1].stop)
+        takers = (group.group.input_rows or len(group.group.matrices)) // len(held)
+        self.decoder.layers[layer].set_submodule(path, RecordLinear(group, rows, takers, bias))
+
+
+class Streamed(Loaded):
     """One method on one streamed model; what `usage` and `stats` read."""
+
+    groups: dict[Key, RecordGroup]
+    recorder: Recorder
 
     def __init__(
         self,
@@ -68,23 +123,17 @@ class Streamed:
 
     def attach(self) -> None:
         """Replace the linear layers, and watch the calls."""
-        for layer in range(self.decoder.spec.layers):
-            for path, held in self.decoder.family.modules.items():
-                self._replace_linear(layer, path, held)
+        self.replace_layers()
         self.residual.watch()
         for layer in range(self.decoder.spec.layers if self._looks_ahead else 0):
             self._look_ahead(layer)
-        self._replace_head()
+        self.replace_head()
         model = self.decoder.model
         setattr(model, ATTACHED, self)
         self.recorder.watch(model)
         Calls(model, self.tokens, self.usage).watch()
         for module in (model, model.get_decoder()):
             module.forward = _alone(module.forward, self._turn)
-
-    def detach(self) -> None:
-        """Undo is impossible: there are no dense weights to go back to."""
-        raise InputError("a streamed model has no dense weights to restore: load it again")
 
     def caching(self) -> CacheState | None:
         """The caches of the sites; None when all records are held, and no mask depends on them."""
@@ -117,36 +166,6 @@ class Streamed:
             return None
         cache = SiteCache(site, self.method, EngineCache(self.engine, key))
         return Masks(site, self.method, self.usage, cache, self.seconds, self.residual)
-
-    def _group(self, layer: int, matrix: str) -> RecordGroup:
-        return next(
-            group
-            for (at, _), group in self.groups.items()
-            if at == layer and matrix in group.group.matrices
-        )
-
-    def _replace_linear(self, layer: int, path: str, held: tuple[str, ...]) -> None:
-        group = self._group(layer, held[0])
-        old = self.decoder.module(layer, path)
-        bias = None if old.bias is None else old.bias.data
-        if isinstance(group, NeuronGroup) and held == ("down",):
-            self.decoder.layers[layer].set_submodule(path, NeuronColumns(group, bias))
-            return
-        slices = [group.group.output_rows(matrix) for matrix in held]
-        rows = slice(slices[0].start, slices[-1].stop)
-        takers = (group.group.input_rows or len(group.group.matrices)) // len(held)
-        self.decoder.layers[layer].set_submodule(path, RecordLinear(group, rows, takers, bias))
-
-    def _replace_head(self) -> None:
-        model = self.decoder.model
-        old = model.get_output_embeddings()
-        group = self.groups[None, "head"]
-        bias = getattr(old, "bias", None)
-        linear = RecordLinear(
-            group, slice(0, group.group.rows), 1, None if bias is None else bias.data
-        )
-        name = next(name for name, module in model.named_modules() if module is old)
-        model.set_submodule(name, linear)
 
     def _look_ahead(self, layer: int) -> None:
         """Guess the MLP's masks: the input's before attention, the neurons' from what is there."""
@@ -199,10 +218,15 @@ class Streamed:
         return rows if holder.bias is None else rows + holder.bias[self.decoder.rows(matrix)]
 
 
-def streamed(model: PreTrainedModel) -> Streamed:
+def is_streamed(model: PreTrainedModel) -> bool:
+    """Whether a model's records come and go: `streamed` knows it."""
+    return isinstance(getattr(model, ATTACHED, None), Loaded)
+
+
+def streamed(model: PreTrainedModel) -> Loaded:
     """What `load` attached to a model; InputError when it was not made by `load`."""
     attached = getattr(model, ATTACHED, None)
-    if not isinstance(attached, Streamed):
+    if not isinstance(attached, Loaded):
         raise InputError("the model is not streamed: make one with dipnet.load(store, method)")
     return attached
 

@@ -7,6 +7,7 @@ others take their rows.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
 
@@ -110,26 +111,20 @@ class Flags:
         return Flags(*(None if f is None else f[start:stop] for f in (self.dense, self.counted)))
 
 
-class RecordGroup:
+class GroupProduct(ABC):
     """The matrices of one group: (..., channels) -> (..., rows), from records."""
 
-    def __init__(
-        self, engine: Engine, group: Group, tokens: TokenState, masks: Masks | None
-    ) -> None:
-        self.engine = engine
+    def __init__(self, group: Group, tokens: TokenState) -> None:
         self.group = group
         self.key: Key = group.key
         self.tokens = tokens
-        self.masks = masks
-        self.look_ahead: LookAhead | None = None
         self._input: Tensor | None = None
         self._output: Tensor | None = None
         self._takers = 0
 
-    @property
-    def held(self) -> bool:
-        """Whether all records are in memory, always."""
-        return self.engine.slots[self.key] == self.group.units
+    @abstractmethod
+    def product(self, x: Tensor) -> Tensor:
+        """(..., channels) -> (..., rows)."""
 
     def rows(self, x: Tensor, rows: slice, takers: int) -> Tensor:
         """Some rows of the product with ``x``; ``takers`` calls with one input share a product."""
@@ -141,6 +136,23 @@ class RecordGroup:
         if self._takers == 0:
             self._input = self._output = None
         return made
+
+
+class RecordGroup(GroupProduct):
+    """A group's product by the engine."""
+
+    def __init__(
+        self, engine: Engine, group: Group, tokens: TokenState, masks: Masks | None
+    ) -> None:
+        super().__init__(group, tokens)
+        self.engine = engine
+        self.masks = masks
+        self.look_ahead: LookAhead | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether all records are in memory, always."""
+        return self.engine.slots[self.key] == self.group.units
 
     def product(self, x: Tensor) -> Tensor:
         """(..., channels) -> (..., rows), in pieces of `TOKENS` tokens."""
@@ -199,7 +211,7 @@ def _everything(units: int) -> Tensor:
 class RecordLinear(nn.Module):
     """Stands for a linear layer that holds one or more matrices of a group."""
 
-    def __init__(self, group: RecordGroup, rows: slice, takers: int, bias: Tensor | None) -> None:
+    def __init__(self, group: GroupProduct, rows: slice, takers: int, bias: Tensor | None) -> None:
         super().__init__()
         self.group = group
         self.rows = rows

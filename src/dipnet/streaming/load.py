@@ -9,10 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dipnet.cache import check_policy
 from dipnet.errors import InputError
@@ -29,6 +28,9 @@ from dipnet.streaming.attach import Streamed, streamed
 from dipnet.streaming.budget import Needs, divide, parse_size, pinned_bytes
 from dipnet.streaming.embedding import row_embedding
 from dipnet.streaming.engine import Engine, Reader, frames_size
+from dipnet.streaming.filling import empty_model, fill
+from dipnet.streaming.gpu.load import Bounds, check_gpu, on_device
+from dipnet.streaming.gpu.resident import resident
 from dipnet.streaming.keys import reserve_keys
 from dipnet.streaming.linear import TOKENS
 from dipnet.streaming.methods import densities, fitted_method, unit_for
@@ -54,6 +56,7 @@ def load(
     prefill: Prefill = "dense",
     look_ahead: bool = True,
     weights: Weights | None = None,
+    device: str = "cpu",
     progress: Progress | None = None,
     reader: Reader | None = None,
 ) -> PreTrainedModel:
@@ -73,6 +76,11 @@ def load(
     ``look_ahead`` reads records ahead on a guess; results are the same without it. ``reader`` is
     for tests and measurements.
 
+    With ``device`` "cuda" the model decodes on that GPU, in bfloat16. With neither bound all
+    records are in its memory, and the model is one that `sparsify` made. Else they are in the
+    host's, and in the GPU's are the weights that are always needed and the caches; ``memory`` then
+    bounds what PyTorch takes of the GPU's memory for the model.
+
     A ``plan``, or the file of one that `dipnet plan` wrote, brings the method, the budget, the
     policy and the split; a checkpoint is packed as it says.
 
@@ -84,6 +92,7 @@ def load(
     planned = None if plan is None else plan if isinstance(plan, Plan) else open_plan(plan)
     how = asked if planned is None else planned.settings(asked)
     check_policy(how.policy or DEFAULT_POLICY)
+    gpu = None if device == "cpu" else check_gpu(device)
     if how.memory is not None and how.cache is not None:
         raise InputError("give either memory (of the whole process) or cache (of the records)")
     sizes = {"memory": how.memory, "cache": how.cache}
@@ -94,12 +103,24 @@ def load(
     if planned is not None:
         planned.check_store(index, path)
     check_rest(folder, index)
+    if gpu is not None and not bounds:
+        return resident(folder, index, how.method, prefill, gpu)
     model, scales = _skeleton(folder)
     decoder = Decoder(model)
     chosen = fitted_method(how.method or Dense(), index, decoder.spec)
     reader = reader or Reader()
     budget = bounds.get("cache")
     tokens = _context(model, how.context)
+    if gpu is not None:
+        held = Bounds(
+            gpu,
+            bounds.get("memory"),
+            budget,
+            tokens,
+            how.policy or DEFAULT_POLICY,
+            how.cache_split or "wanted",
+        )
+        return on_device(folder, index, scales, decoder, chosen, prefill, held)
     if "memory" in bounds:
         budget = needs(index, model, reader, tokens).left(bounds["memory"])
     shares = densities(chosen, index, decoder.spec)
@@ -183,9 +204,7 @@ def _context(model: PreTrainedModel, asked: int | None) -> int:
 
 def _skeleton(folder: Path) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """The model with everything but its linear layers filled in, and the records' scales."""
-    config = AutoConfig.from_pretrained(folder)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = empty_model(folder, torch.float32)
     file = folder / REST_NAME
     with safe_open(file, framework="pt") as rest:
         names = set(rest.keys())
@@ -193,29 +212,9 @@ def _skeleton(folder: Path) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         embedding = _name_of(model, model.get_input_embeddings())
         model.set_submodule(embedding, row_embedding(file, f"{embedding}.weight", model))
         for name in names - scales.keys() - {f"{embedding}.weight"}:
-            _fill(model, name, rest.get_tensor(name))
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval(), scales
+            fill(model, name, rest.get_tensor(name).float())
+    return model, scales
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
-
-
-def _fill(model: nn.Module, name: str, value: Tensor) -> None:
-    """Put a stored tensor in the place of an empty parameter."""
-    module_name, _, parameter = name.rpartition(".")
-    try:
-        module = model.get_submodule(module_name)
-        shape = getattr(module, parameter).shape
-    except AttributeError:
-        raise InputError(
-            f"{REST_NAME} holds {name!r}, which the model of its config lacks"
-        ) from None
-    if shape != value.shape:
-        raise InputError(
-            f"{name!r} in {REST_NAME} has the shape {tuple(value.shape)}, the config "
-            f"says {tuple(shape)}: pack the model again"
-        )
-    setattr(module, parameter, nn.Parameter(value.float(), requires_grad=False))

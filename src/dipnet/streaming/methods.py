@@ -42,12 +42,22 @@ def fitted_method(method: Method, index: Index, spec: ModelSpec) -> Method:
     if isinstance(method, DIP) and method.hidden_block is None and block > 1:
         method = dataclasses.replace(method, hidden_block=block)
     method.check(spec)
+    _check_order(method, index)
     for site in method.sites(spec):
         if site.name != ON_HEADS:
             _check_site(method, site, index)
     if any(method.weight_mask(0, matrix) is not None for matrix in spec.matrices):
         raise InputError(f"{method.name} changes the weights: apply it before packing")
     return method.prepare(_NoWeights(method.name), spec)
+
+
+def _check_order(method: Method, index: Index) -> None:
+    """Raise InputError for scores of neurons that a store holds in another order."""
+    if isinstance(method, DIP) and method.factors is not None and index.neurons_permuted:
+        raise InputError(
+            "these scores are of the checkpoint's neurons, and the store holds them in another "
+            "order: pack the model without --calibration, or leave scores out"
+        )
 
 
 def _check_site(method: Method, site: Site, index: Index) -> None:
@@ -97,5 +107,6 @@ class _NoWeights:
     def matrix(self, _layer: int, _name: str) -> Tensor:
         raise InputError(
             f"{self._name} reads all weights to prepare itself, and a streamed model never holds "
-            "them: use dip, or evaluate it on the checkpoint"
+            "them: use dip (for wina's norms with the scores of dipnet fit scores --kind norm), or "
+            "evaluate it on the checkpoint"
         )

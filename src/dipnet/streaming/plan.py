@@ -131,7 +131,7 @@ class Plan(BaseModel):
     format: Literal["dipnet-plan"] = "dipnet-plan"
     version: Literal[1] = 1
     model: Identity
-    method: Word
+    method: Annotated[str, Field(min_length=1, max_length=10_000)]
     weights: Weights
     block: Size
     memory: Bytes | None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass, fields, replace
 from operator import sub
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -92,6 +92,16 @@ class Stats:
 
 
 _COUNTED = [f.name for f in fields(Stats) if f.name not in ("peak_memory", "sites")]
+
+
+class Counting(Protocol):
+    """What a loaded model's statistics come from."""
+
+    def reset(self) -> None:
+        """Start counting anew."""
+
+    def stats(self) -> Stats:
+        """The figures so far."""
 
 
 class Recorder:

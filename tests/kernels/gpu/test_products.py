@@ -60,7 +60,7 @@ def check(name: str, *args: object, **named: object) -> None:
 
 @needs_kernels
 @each_dtype
-@pytest.mark.parametrize(("units", "width"), [(1, 1), (33, 70), (70, 33), (40, 200)])
+@pytest.mark.parametrize(("units", "width"), [(1, 1), (33, 70), (70, 33), (9, 40)])
 @pytest.mark.parametrize("batch", [None, 1, 2])
 def test_columns(batch: int | None, units: int, width: int, dtype: torch.dtype) -> None:
     x, weight = torch.randn(batch or 2, units).to(dtype), torch.randn(units, width).to(dtype)

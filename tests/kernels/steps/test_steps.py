@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dipnet.kernels import steps
-from dipnet.kernels.steps import Heads, Norm, reference
+from dipnet.kernels.steps import Heads, Norm, Rows, UsedHeads, reference
 from tests.kernels.gpu.device import DEVICE, needs_kernels
 
 GPU_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -45,20 +45,21 @@ def close(made: Tensor, wanted: Tensor) -> None:
 def test_add_norm(n: int, centred: bool, dtype: torch.dtype) -> None:
     bias = random(n, dtype=dtype) if centred else None
     norm = Norm(random(n, dtype=dtype), bias, 1e-5, centred)
-    hidden, delta = random(1, n, dtype=dtype), random(1, n, dtype=dtype)
-    ring, place = random(3, n, dtype=dtype), torch.tensor([2], device=DEVICE)
-    for added in (None, delta):
-        wanted = reference.add_norm(hidden, added, norm, None)
-        total, normed = steps.add_norm(hidden, added, norm, (ring, place))
-        assert torch.equal(ring[2:], normed)
-        close(total, wanted[0])
-        close(normed, wanted[1])
+    for batch in (1, 3):
+        hidden, delta = random(batch, n, dtype=dtype), random(batch, n, dtype=dtype)
+        ring, place = random(3, batch, n, dtype=dtype), torch.tensor([2], device=DEVICE)
+        for added in (None, delta):
+            wanted = reference.add_norm(hidden, added, norm, None)
+            total, normed = steps.add_norm(hidden, added, norm, (ring, place))
+            assert torch.equal(ring[2], normed)
+            close(total, wanted[0])
+            close(normed, wanted[1])
 
 
 @each_dtype
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_gated(activation: str, dtype: torch.dtype) -> None:
-    pre = random(1, 2 * 777, dtype=dtype)
+    pre = random(2, 2 * 777, dtype=dtype)
     close(steps.gated(pre, activation), reference.gated(pre, activation))
 
 
@@ -76,47 +77,66 @@ def some(number: int, most: int) -> Tensor:
     return torch.randperm(number)[:most].sort().values.int().to(DEVICE)
 
 
+def rows_at(batch: int, column: int) -> Rows:
+    """Sequences of which some begin behind padding; that of column 0 has none."""
+    padding = torch.arange(batch) * (column // batch)
+    return Rows(torch.tensor([column], device=DEVICE), padding.to(DEVICE))
+
+
+def used_heads(heads: Heads, batch: int, used: int) -> UsedHeads:
+    """Half of the query heads, of which sequences want some, and keys of ``used`` groups."""
+    kept = some(heads.queries, (heads.queries + 1) // 2)
+    first = heads.queries + some(heads.groups, used)
+    index = torch.cat([kept, first, first + heads.groups])
+    count, queries = (
+        torch.tensor([number], dtype=torch.int32, device=DEVICE)
+        for number in (len(index), len(kept))
+    )
+    room = index.new_zeros(2 * (heads.groups - used))
+    wanted = (torch.rand(batch, heads.queries) < 0.6).to(DEVICE) if batch > 1 else None
+    most = len(kept) + (batch > 1)  # not all that is listed is valid
+    return UsedHeads(torch.cat([index, room]), count, queries, most, wanted)
+
+
 @each_dtype
 @pytest.mark.parametrize("shape", SHAPES)
-def test_attend(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("batch", [1, 3])
+def test_attend(batch: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     queries, groups, size, _, length, _ = shape
     heads, rotation = heads_of(shape, dtype)
-    for at in (0, 5, length - 1):
-        position = torch.tensor([at], device=DEVICE)
-        qkv = random(1, (queries + 2 * groups) * size, dtype=dtype)
-        caches = [random(1, groups, length, size, dtype=dtype) for _ in "kv"]
+    for at in (0, 5, length - 1) if batch == 1 else (length // 2,):
+        rows = rows_at(batch, at)
+        qkv = random(batch, (queries + 2 * groups) * size, dtype=dtype)
+        caches = [random(batch, groups, length, size, dtype=dtype) for _ in "kv"]
         copies = [cache.clone() for cache in caches]
-        wanted = reference.attend(qkv, rotation, *caches, position, heads, None)
-        close(steps.attend(qkv, rotation, *copies, position, heads), wanted)
+        wanted = reference.attend(qkv, rotation, *caches, rows, heads, None)
+        close(steps.attend(qkv, rotation, *copies, rows, heads), wanted)
         for copy, cache in zip(copies, caches, strict=True):
             close(copy, cache)
-        kept = some(queries, (queries + 1) // 2)[None]
-        rows = random(3, kept.shape[1] * size + 7, dtype=dtype)
-        wanted = reference.attend(rows, rotation, *copies, position, heads, kept)
-        close(steps.attend(rows, rotation, *copies, position, heads, kept), wanted)
+        used = used_heads(heads, batch, 1)
+        made = random(3 * batch, len(used.index) * size, dtype=dtype)
+        wanted = reference.attend(made, rotation, *copies, rows, heads, used)
+        close(steps.attend(made, rotation, *copies, rows, heads, used), wanted)
 
 
 @each_dtype
 @pytest.mark.parametrize("shape", SHAPES)
-def test_complete(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    queries, groups, size, _, length, _ = shape
+@pytest.mark.parametrize("batch", [1, 2])
+def test_complete(batch: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    _, groups, size, _, length, _ = shape
     heads, rotation = heads_of(shape, dtype)
     ring, most = 5, max(1, groups - 1)
     for at in (0, 3, length - 1):
-        for used in {0, 1, most}:
-            position = torch.tensor([at], device=DEVICE)
-            first = queries + some(groups, used)
-            index = torch.cat([some(queries, 2), first, first + groups])
-            count = torch.tensor([len(index)], dtype=torch.int32, device=DEVICE)
-            index = torch.cat([index, index.new_zeros(2 * (most - used))])
-            made = random(ring, len(index) * size, dtype=dtype)
-            until = (at - torch.randint(0, ring + 1, (groups,))).clamp(min=-1).to(DEVICE)
-            caches = [random(1, groups, length, size, dtype=dtype) for _ in "kv"]
+        for number in {0, 1, most}:
+            rows, used = rows_at(batch, at), used_heads(heads, batch, number)
+            made = random(ring * batch, len(used.index) * size, dtype=dtype)
+            until = at - torch.randint(0, ring + 1, (batch, groups))
+            until = until.to(DEVICE).maximum(rows.padding[:, None] - 1)
+            caches = [random(batch, groups, length, size, dtype=dtype) for _ in "kv"]
             copies = [cache.clone() for cache in caches]
             reached = until.clone()
-            common = (position, heads)
-            reference.complete(made, index, count, 2, until, rotation, *caches, *common)
-            steps.complete(made, index, count, 2, reached, rotation, *copies, *common)
+            reference.complete(made, used, until, rotation, *caches, rows, heads)
+            steps.complete(made, used, reached, rotation, *copies, rows, heads)
             assert torch.equal(until, reached)
             for copy, cache in zip(copies, caches, strict=True):
                 close(copy, cache)

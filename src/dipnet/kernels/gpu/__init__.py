@@ -86,7 +86,10 @@ def threshold_indices(
 
 
 def union_indices(mask: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """Units that any row keeps: (batch, n) bool -> (n,) int32, of which (1,) int32 are valid."""
+    """Units that any row keeps: (batch, n) bool -> (n,) int32, of which (1,) int32 are valid.
+
+    The units that no row keeps are behind them, so that anything can be gathered with the list.
+    """
     if mask.dim() != 2 or mask.dtype != torch.bool:
         raise InputError(f"mask must be torch.bool of shape (batch, n), not {_what(mask)}")
     return ops.union_indices(mask, backend)

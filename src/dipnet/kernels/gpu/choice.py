@@ -35,7 +35,7 @@ def serving(backend: str, *tensors: Tensor | None, units: int = 0) -> ModuleType
         raise BackendError(f"no backend {backend!r}; there are: {', '.join(BACKENDS)}")
     if backend == "reference":
         return reference
-    reason = why_not(*tensors) or _why_not_units(units)
+    reason = why_not(*tensors) or why_not_units(units)
     if reason is None:
         return launch
     if backend == "gpu":
@@ -62,7 +62,8 @@ def why_not(*tensors: Tensor | None) -> str | None:
     return why_not_device(device)
 
 
-def _why_not_units(units: int) -> str | None:
+def why_not_units(units: int) -> str | None:
+    """Why the kernels cannot select among so many units; None when they can."""
     return None if units <= MOST_UNITS else f"selects among {MOST_UNITS} units, not {units}"
 
 

@@ -48,7 +48,7 @@ def select_above(x: Tensor, threshold: Tensor, magnitude: bool) -> tuple[Tensor,
 
 
 def select_union(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(batch, n) bool -> (n,) int32 indices and the (1,) int32 count."""
+    """(batch, n) bool -> (n,) int32 indices, the others behind, and the (1,) int32 count."""
     batch, n = mask.shape
     index, count = (mask.new_empty(size, dtype=torch.int32) for size in (n, 1))
     bytes_ = mask.contiguous().view(torch.uint8)
@@ -156,4 +156,6 @@ def _select_union(mask, index, count, batch, n, SIZE: tl.constexpr, OVERLAP: tl.
     kept = tl.zeros((SIZE,), tl.uint8)
     for row in range(batch):
         kept |= tl.load(mask + row * n + places, mask=inside, other=0)
-    tl.store(count, _write(inside & (kept != 0), places, index))
+    number = _write(inside & (kept != 0), places, index)
+    _write(inside & (kept == 0), places, index + number)
+    tl.store(count, number)

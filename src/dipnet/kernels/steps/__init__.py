@@ -1,4 +1,5 @@
-"""What stands between the products of one token: norms, rotation, attention over a static cache.
+"""What stands between the products of a token of each sequence: norms, rotation, attention over a
+static cache.
 
 On CUDA each is one launch, by Triton; elsewhere, and for other dtypes, plain torch. Nothing here
 waits for the device, so a CUDA graph can hold it. Knows tensors; knows no site, method or model.
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from dipnet.kernels.gpu.choice import why_not
 from dipnet.kernels.steps import reference
-from dipnet.kernels.steps.shapes import Heads, Norm
+from dipnet.kernels.steps.shapes import MOST_CHANNELS, Heads, Norm, Rows, UsedHeads
 
 
 def add_norm(
@@ -21,10 +22,10 @@ def add_norm(
     norm: Norm,
     ring: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A step of the residual stream: (1, n) ``hidden`` plus ``delta``, and that normalised.
+    """A step of the residual stream: (batch, n) ``hidden`` plus ``delta``, and that normalised.
 
-    Returns the sum and the normalised sum. ``ring`` are (tokens, n) rows and a (1,) int64: that row
-    is made the normalised sum, too.
+    Returns the sum and the normalised sum. ``ring`` are (tokens, batch, n) and a (1,) int64: that
+    place is made the normalised sum, too.
     """
     return _backend(hidden, "norms").add_norm(hidden, delta, norm, ring)
 
@@ -34,50 +35,49 @@ def attend(
     rotation: tuple[Tensor, Tensor] | None,
     keys: Tensor,
     values: Tensor,
-    position: Tensor,
+    rows: Rows,
     heads: Heads,
-    kept: Tensor | None = None,
+    used: UsedHeads | None = None,
 ) -> Tensor:
-    """Attention of one token: what its heads put out, (1, heads * size).
+    """Attention of a token of each sequence: what its heads put out, (batch, heads * size).
 
-    ``qkv`` (1, n) are the projections side by side; ``keys`` and ``values`` (1, groups, length,
-    size) the cache, which gets the token's at ``position`` (1,) int64; what is behind that is not
-    read. ``rotation`` are the cosines and sines of all positions, (length, rotated channels) each.
+    ``qkv`` (batch, n) are the projections side by side; ``keys`` and ``values`` (batch, groups,
+    length, size) the cache, which gets the token's at ``rows.position``; what is behind that is not
+    read, nor is padding. ``rotation`` are the cosines and sines of all positions, (length, rotated
+    channels) each, of which a token takes its sequence's own.
 
-    Of ``kept`` heads, (1, k) int32, alone: ``qkv`` (tokens, n) begin with their queries, in row
-    ``position`` % tokens, and their keys and values up to this token are in the cache (`complete`).
+    Of ``used`` heads alone, (batch, used.most * size): ``qkv`` (tokens * batch, n) begin with their
+    queries, the token's in rows ``position`` % tokens * batch and on, and their keys and values up
+    to this token are in the cache (`complete`). Zero where a sequence does not want a head, and
+    behind those that are valid.
     """
     kernels = _backend(qkv, "attention")
-    made: Tensor = kernels.attend(qkv, rotation, keys, values, position, heads, kept)
+    made: Tensor = kernels.attend(qkv, rotation, keys, values, rows, heads, used)
     return made
 
 
 def complete(
     made: Tensor,
-    index: Tensor,
-    count: Tensor,
-    kept: int,
+    used: UsedHeads,
     until: Tensor,
     rotation: tuple[Tensor, Tensor] | None,
     keys: Tensor,
     values: Tensor,
-    position: Tensor,
+    rows: Rows,
     heads: Heads,
 ) -> None:
-    """Write the keys and values that groups of heads lack, up to the token at ``position``.
+    """Write the keys and values that the used groups of heads lack, up to this token.
 
-    ``until`` (groups,) int64 is the last token of which each group has them; it is brought up to
-    date. ``index`` (n,) int32, of which ``count`` (1,) are valid, are heads of all projections, one
-    after the other: ``kept`` query heads, then some groups' keys, then the same groups' values.
-    ``made`` (tokens, n * size) is what they make of the last tokens: token t is row t % tokens. No
-    group may lack more tokens than that. The others are those of `attend`.
+    ``until`` (batch, groups) int64 is the column of the last token of which each group has them; it
+    is brought up to date. ``made`` (tokens * batch, n * size) is what the n listed heads make of
+    the last tokens: that of column t is in rows t % tokens * batch and on. No group may lack more
+    tokens than that. The others are those of `attend`.
     """
-    kernels = _backend(made, "attention")
-    kernels.complete(made, index, count, kept, until, rotation, keys, values, position, heads)
+    _backend(made, "attention").complete(made, used, until, rotation, keys, values, rows, heads)
 
 
 def gated(pre: Tensor, activation: str) -> Tensor:
-    """(1, 2n), gate and up side by side -> (1, n): ``activation(gate) * up``, each rounded."""
+    """(batch, 2n), gate and up side by side -> (batch, n): ``activation(gate) * up``, rounded."""
     return _backend(pre, "norms").gated(pre, activation)
 
 
@@ -89,4 +89,14 @@ def _backend(x: Tensor, module: str) -> ModuleType:
     return {"norms": norms, "attention": attention}[module]
 
 
-__all__ = ["Heads", "Norm", "add_norm", "attend", "complete", "gated"]
+__all__ = [
+    "MOST_CHANNELS",
+    "Heads",
+    "Norm",
+    "Rows",
+    "UsedHeads",
+    "add_norm",
+    "attend",
+    "complete",
+    "gated",
+]

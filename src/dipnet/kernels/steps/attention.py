@@ -1,10 +1,10 @@
 """Attention of one token over a static key/value cache, with all that goes before it: one launch.
 
-Each program has one group of heads and every so many tiles of the cache; it rotates its queries
-itself, and the one whose tile holds the new token writes the token's keys and values. The last
-program of a group to finish adds up what all of the group found, in a fixed order.
+Each program has one sequence's group of heads and every so many tiles of the cache; it rotates its
+queries itself, and the one whose tile holds the new token writes the token's keys and values. The
+last program of a group to finish adds up what all of the group found, in a fixed order.
 
-Where heads are skipped a program has one kept head, and their keys and values come first
+Where heads are skipped a program has one head that is used, and their keys and values come first
 (`complete`).
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dipnet.kernels.gpu.common import after_previous
 from dipnet.kernels.steps.launch import overlapping
-from dipnet.kernels.steps.shapes import Heads
+from dipnet.kernels.steps.shapes import Heads, Rows, UsedHeads
 
 TILE = 64
 """Tokens that a program looks at at a time."""
@@ -81,7 +81,9 @@ def _finished(
 @triton.jit
 def _attend(
     qkv,
-    kept,
+    used,
+    used_queries,
+    wanted,
     cosines,
     sines,
     query_weight,
@@ -89,6 +91,7 @@ def _attend(
     keys,
     values,
     position,
+    padding,
     out,
     found,
     done,
@@ -97,7 +100,7 @@ def _attend(
     stride,
     row_stride,
     RING: tl.constexpr,
-    KEPT: tl.constexpr,
+    USED: tl.constexpr,
     QUERIES: tl.constexpr,
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
@@ -109,44 +112,64 @@ def _attend(
     BLOCK_D: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    unit, split = tl.program_id(0), tl.program_id(1)
-    each: tl.constexpr = 1 if KEPT else QUERIES // GROUPS
+    unit, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    units = tl.num_programs(0)
+    each: tl.constexpr = 1 if USED else QUERIES // GROUPS
     q, d = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     after_previous(OVERLAP)
-    at = tl.load(position)
-    group = unit
-    if KEPT:
-        group = tl.load(kept + unit) // (QUERIES // GROUPS)
-        qkv += (at % RING) * row_stride
+    at, first = tl.load(position), tl.load(padding + row)
+    turn = at - first  # the token's place in its own sequence
+    last, group = at, unit
+    if USED:
+        head = tl.load(used + unit)
+        group = head // (QUERIES // GROUPS)
+        needed = unit < tl.load(used_queries)
+        if wanted is not None:
+            needed &= tl.load(wanted + row * QUERIES + head, mask=needed, other=0) != 0
+        last = tl.where(needed, at, -1)  # of other heads nothing is read
+        qkv += (at % RING) * tl.num_programs(2) * row_stride
+    qkv += row * row_stride
     rows, in_head = (q < each)[:, None], (d < SIZE)[None, :]
     place = (unit * each + q[:, None]) * SIZE
     query = _finished(
-        qkv + place, rows, at, cosines, sines, query_weight, epsilon, SIZE, ROTARY, NORMED, BLOCK_D
+        qkv + place,
+        rows,
+        turn,
+        cosines,
+        sines,
+        query_weight,
+        epsilon,
+        SIZE,
+        ROTARY,
+        NORMED,
+        BLOCK_D,
     )
-    kept_keys, kept_values = keys + group * stride, values + group * stride
+    in_cache = (row * GROUPS + group).to(tl.int64) * stride
+    kept_keys, kept_values = keys + in_cache, values + in_cache
     behind = at + 1
-    if not KEPT:  # the token's own keys and values are not in the cache yet
+    if not USED:  # the token's own keys and values are not in the cache yet
         behind = at
         one = tl.zeros([1, 1], tl.int32)
         new = qkv + (QUERIES + group) * SIZE + one
         key = _finished(
-            new, one == 0, at, cosines, sines, key_weight, epsilon, SIZE, ROTARY, NORMED, BLOCK_D
+            new, one == 0, turn, cosines, sines, key_weight, epsilon, SIZE, ROTARY, NORMED, BLOCK_D
         )
         value = tl.load(new + GROUPS * SIZE + d[None, :], mask=in_head, other=0.0)
     best = tl.full([BLOCK_Q], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     summed = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     start = split * TILE
-    while start <= at:
+    while start <= last:
         t = start + tl.arange(0, TILE)
         tile = t[:, None] * SIZE + d[None, :]
-        seen = (t < behind)[:, None] & in_head
+        own = (t >= first) & (t <= at)
+        seen = (own & (t < behind))[:, None] & in_head
         k = tl.load(kept_keys + tile, mask=seen, other=0.0)
         v = tl.load(kept_values + tile, mask=seen, other=0.0)
-        if not KEPT:
+        if not USED:
             k, v = tl.where((t == at)[:, None], key, k), tl.where((t == at)[:, None], value, v)
         scores = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where((t <= at)[None, :], scores, float("-inf"))
+        scores = tl.where(own[None, :], scores, float("-inf"))
         higher = tl.maximum(best, tl.max(scores, axis=1))
         shrink = tl.exp(best - higher)
         weights = tl.exp(scores - higher[:, None])
@@ -155,17 +178,19 @@ def _attend(
         summed += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         best = higher
         start += SPLITS * TILE
-    if not KEPT:  # noqa: SIM102 (known when compiled, and then `key` exists)
+    if not USED:  # noqa: SIM102 (known when compiled, and then `key` exists)
         if (at // TILE) % SPLITS == split:
             tl.store(kept_keys + at * SIZE + d[None, :], key, mask=in_head)
             tl.store(kept_values + at * SIZE + d[None, :], value, mask=in_head)
     both = rows & in_head
+    out += row * units * each * SIZE + place + d[None, :]
+    unit += row * units
     if SPLITS == 1:
-        tl.store(out + place + d[None, :], summed / total[:, None], mask=both)
+        tl.store(out, _divided(summed, total), mask=both)
     else:
-        row: tl.constexpr = BLOCK_D + 2
-        unit_found = found + unit * SPLITS * BLOCK_Q * row
-        mine = unit_found + (split * BLOCK_Q + q) * row
+        numbers: tl.constexpr = BLOCK_D + 2
+        unit_found = found + unit * SPLITS * BLOCK_Q * numbers
+        mine = unit_found + (split * BLOCK_Q + q) * numbers
         tl.store(mine, best)
         tl.store(mine + 1, total)
         tl.store(mine[:, None] + 2 + d[None, :], summed)
@@ -176,7 +201,7 @@ def _attend(
             total = tl.zeros([BLOCK_Q], tl.float32)
             summed = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
             for other in range(SPLITS):
-                theirs = unit_found + (other * BLOCK_Q + q) * row
+                theirs = unit_found + (other * BLOCK_Q + q) * numbers
                 their_best = tl.load(theirs, cache_modifier=".cg")
                 higher = tl.maximum(best, their_best)
                 shrink, grow = tl.exp(best - higher), tl.exp(their_best - higher)
@@ -184,8 +209,14 @@ def _attend(
                 part = tl.load(theirs[:, None] + 2 + d[None, :], cache_modifier=".cg")
                 summed = summed * shrink[:, None] + part * grow[:, None]
                 best = higher
-            tl.store(out + place + d[None, :], summed / total[:, None], mask=both)
+            tl.store(out, _divided(summed, total), mask=both)
             tl.store(done + unit, 0)
+
+
+@triton.jit
+def _divided(summed, total):
+    """A weighted mean; 0 where nothing was added up."""
+    return summed / tl.where(total > 0, total, 1.0)[:, None]
 
 
 def attend(
@@ -193,38 +224,40 @@ def attend(
     rotation: tuple[Tensor, Tensor] | None,
     keys: Tensor,
     values: Tensor,
-    position: Tensor,
+    rows: Rows,
     heads: Heads,
-    kept: Tensor | None,
+    used: UsedHeads | None,
 ) -> Tensor:
     """See `dipnet.kernels.steps.attend`."""
-    size, length = heads.size, keys.shape[2]
-    units = heads.groups if kept is None else kept.shape[-1]
-    each = heads.queries // heads.groups if kept is None else 1
+    batch, size, length = len(rows.padding), heads.size, keys.shape[2]
+    units = heads.groups if used is None else used.most
+    each = heads.queries // heads.groups if used is None else 1
     splits = max(1, min(MOST_SPLITS, triton.next_power_of_2(length // TILE)))
     block_q, block_d = (max(16, triton.next_power_of_2(number)) for number in (each, size))
-    out = qkv.new_empty(1, units * each * size)
-    found = qkv.new_empty(units * splits * block_q * (block_d + 2), dtype=torch.float32)
+    out = qkv.new_empty(batch, units * each * size)
+    parts = batch * units * splits * block_q
+    found = qkv.new_empty(parts * (block_d + 2), dtype=torch.float32)
     cosines, sines = rotation or (None, None)
     norms = heads.query_norm, heads.key_norm
-    _attend[(units, splits)](
+    _attend[(units, splits, batch)](
         qkv,
-        kept,
+        *((used.index, used.queries, _bytes(used.wanted)) if used else (None, None, None)),
         cosines,
         sines,
         *(norm and norm.weight for norm in norms),
         keys,
         values,
-        position,
+        rows.position,
+        rows.padding,
         out,
         found,
-        _counters(units, qkv.device),
+        _counters(batch * units, qkv.device),
         heads.scale,
         _epsilon(heads),
         length * size,
         qkv.stride(0),
-        RING=len(qkv),
-        KEPT=kept is not None,
+        RING=len(qkv) // batch,
+        USED=used is not None,
         QUERIES=heads.queries,
         GROUPS=heads.groups,
         SIZE=size,
@@ -238,6 +271,10 @@ def attend(
         **overlapping(qkv.device),
     )
     return out
+
+
+def _bytes(flags: Tensor | None) -> Tensor | None:
+    return None if flags is None else flags.view(torch.uint8)
 
 
 @cache
@@ -267,10 +304,12 @@ def _complete(
     keys,
     values,
     position,
+    padding,
     epsilon,
     row_stride,
     stride,
     QUERIES: tl.constexpr,
+    GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
     ROTARY: tl.constexpr,
     NORMED: tl.constexpr,
@@ -281,18 +320,21 @@ def _complete(
 ):
     d = tl.arange(0, BLOCK_D)[None, :]
     after_previous(OVERLAP)
-    number = (tl.load(count) - queries) // 2
+    row, begin = tl.program_id(1), tl.load(queries)
+    number = (tl.load(count) - begin) // 2
     if tl.program_id(0) < number:
-        place = queries + tl.program_id(0)
+        place = begin + tl.program_id(0)
         group, at = tl.load(index + place) - QUERIES, tl.load(position)
+        first = tl.load(padding + row)
+        until += row * GROUPS + group
         age = tl.arange(0, BLOCK_R)[:, None]
-        t = tl.maximum(at - age, 0)
-        missing = (age < RING) & (at - age > tl.load(until + group))
-        row = made + (t % RING) * row_stride
+        t = tl.maximum(at - age, first)
+        missing = (age < RING) & (at - age > tl.load(until))
+        read = made + ((t % RING) * tl.num_programs(1) + row) * row_stride
         key = _finished(
-            row + place * SIZE,
+            read + place * SIZE,
             missing,
-            t,
+            t - first,
             cosines,
             sines,
             key_weight,
@@ -303,43 +345,44 @@ def _complete(
             BLOCK_D,
         )
         both = missing & (d < SIZE)
-        value = tl.load(row + (place + number) * SIZE + d, mask=both, other=0.0)
-        kept = group * stride + t * SIZE + d
+        value = tl.load(read + (place + number) * SIZE + d, mask=both, other=0.0)
+        kept = (row * GROUPS + group).to(tl.int64) * stride + t * SIZE + d
         tl.store(keys + kept, key, mask=both)
         tl.store(values + kept, value, mask=both)
         tl.debug_barrier()
-        tl.store(until + group, at)
+        tl.store(until, at)
 
 
 def complete(
     made: Tensor,
-    index: Tensor,
-    count: Tensor,
-    kept: int,
+    used: UsedHeads,
     until: Tensor,
     rotation: tuple[Tensor, Tensor] | None,
     keys: Tensor,
     values: Tensor,
-    position: Tensor,
+    rows: Rows,
     heads: Heads,
 ) -> None:
     """See `dipnet.kernels.steps.complete`."""
-    size, ring, norm = heads.size, len(made), heads.key_norm
-    _complete[((len(index) - kept) // 2,)](
+    batch, size, norm = len(until), heads.size, heads.key_norm
+    ring = len(made) // batch
+    _complete[(heads.groups, batch)](
         made,
-        index,
-        count,
-        kept,
+        used.index,
+        used.count,
+        used.queries,
         until,
         *(rotation or (None, None)),
         norm and norm.weight,
         keys,
         values,
-        position,
+        rows.position,
+        rows.padding,
         _epsilon(heads),
         made.stride(0),
         keys.shape[2] * size,
         QUERIES=heads.queries,
+        GROUPS=heads.groups,
         SIZE=size,
         ROTARY=_rotary(rotation),
         NORMED=norm is not None,

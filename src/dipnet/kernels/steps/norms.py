@@ -1,6 +1,6 @@
 """Add to the residual stream and normalise, in one launch; and what is between gate and down.
 
-The whole vector is in one program's registers, so that its sums need no second launch.
+A row is whole in one program's registers, so that its sums need no second launch.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ def _add_norm(
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    i = tl.arange(0, BLOCK)
-    inside = i < n
+    row, i = tl.program_id(0), tl.arange(0, BLOCK)
+    inside, at = i < n, row * n + i
     if WEIGHTED:
         scale = tl.load(weight + i, mask=inside, other=0.0)
     after_previous(OVERLAP)
-    x = tl.load(hidden + i, mask=inside, other=0.0)
+    x = tl.load(hidden + at, mask=inside, other=0.0)
     if ADD:
-        x = (x.to(tl.float32) + tl.load(delta + i, mask=inside, other=0.0)).to(x.dtype)
-        tl.store(summed + i, x, mask=inside)
+        x = (x.to(tl.float32) + tl.load(delta + at, mask=inside, other=0.0)).to(x.dtype)
+        tl.store(summed + at, x, mask=inside)
     wide = x.to(tl.float32)
     if CENTRED:
         wide = tl.where(inside, wide - tl.sum(wide) / n, 0.0)
@@ -56,9 +56,9 @@ def _add_norm(
         made = made.to(x.dtype)
     else:  # rounded before the weights, as Hugging Face does
         made = (made.to(x.dtype).to(tl.float32) * scale).to(x.dtype)
-    tl.store(normed + i, made, mask=inside)
+    tl.store(normed + at, made, mask=inside)
     if RING:
-        tl.store(ring + tl.load(place) * n + i, made, mask=inside)
+        tl.store(ring + tl.load(place) * tl.num_programs(0) * n + at, made, mask=inside)
 
 
 def add_norm(
@@ -69,9 +69,9 @@ def add_norm(
     normed = torch.empty_like(hidden)
     summed = hidden if delta is None else torch.empty_like(hidden)
     block = triton.next_power_of_2(n)
-    _add_norm[(1,)](
-        hidden,
-        delta,
+    _add_norm[(len(hidden),)](
+        hidden.contiguous(),
+        delta if delta is None else delta.contiguous(),
         norm.weight,
         norm.bias,
         summed,
@@ -93,19 +93,22 @@ def add_norm(
 
 @triton.jit
 def _gated(pre, out, n, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, i = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     after_previous(OVERLAP)
+    pre += row * 2 * n
     gate = tl.load(pre + i, mask=i < n, other=0.0)
     up = tl.load(pre + n + i, mask=i < n, other=0.0)
     gate = activated(gate.to(tl.float32), ACTIVATION).to(gate.dtype)
-    tl.store(out + i, gate.to(tl.float32) * up.to(tl.float32), mask=i < n)
+    tl.store(out + row * n + i, gate.to(tl.float32) * up.to(tl.float32), mask=i < n)
 
 
 def gated(pre: Tensor, activation: str) -> Tensor:
     """See `dipnet.kernels.steps.gated`."""
     n, block = pre.shape[-1] // 2, 512
-    out = pre.new_empty(1, n)
-    grid = (triton.cdiv(n, block),)
+    out = pre.new_empty(len(pre), n)
+    grid = (triton.cdiv(n, block), len(pre))
     options = overlapping(pre.device)
-    _gated[grid](pre, out, n, ACTIVATION=activation, BLOCK=block, num_warps=4, **options)
+    _gated[grid](
+        pre.contiguous(), out, n, ACTIVATION=activation, BLOCK=block, num_warps=4, **options
+    )
     return out

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dipnet.kernels.gpu.reference import ACTIVATIONS
-from dipnet.kernels.steps.shapes import Heads, Norm
+from dipnet.kernels.steps.shapes import Heads, Norm, Rows, UsedHeads
 
 
 def add_norm(
@@ -25,7 +25,7 @@ def add_norm(
         hidden = hidden + delta
     normed = _normalised(hidden, norm)
     if ring is not None:
-        ring[0].index_copy_(0, ring[1], normed)
+        ring[0].index_copy_(0, ring[1], normed[None])
     return hidden, normed
 
 
@@ -40,60 +40,77 @@ def attend(
     rotation: tuple[Tensor, Tensor] | None,
     keys: Tensor,
     values: Tensor,
-    position: Tensor,
+    rows: Rows,
     heads: Heads,
-    kept: Tensor | None,
+    used: UsedHeads | None,
 ) -> Tensor:
     """See `dipnet.kernels.steps.attend`."""
-    if kept is None:
-        queries, rest = qkv[0].split([heads.queries * heads.size, 2 * heads.groups * heads.size])
-        k, v = rest.view(2, heads.groups, 1, heads.size)
-        k = _finished(k, heads.key_norm, rotation, position)
-        keys[0].index_copy_(1, position, k)
-        values[0].index_copy_(1, position, v)
-        used = torch.arange(heads.queries, device=qkv.device)
+    batch, at = len(rows.padding), rows.position
+    turns = (at - rows.padding)[:, None]
+    if used is None:
+        asked, rest = qkv.split([heads.queries * heads.size, 2 * heads.groups * heads.size], dim=1)
+        k, v = rest.view(batch, 2, heads.groups, 1, heads.size).unbind(1)
+        keys.index_copy_(2, at, _finished(k, heads.key_norm, rotation, turns))
+        values.index_copy_(2, at, v)
+        index = torch.arange(heads.queries, device=qkv.device)
     else:
-        row = qkv.index_select(0, position % len(qkv))[0]
-        queries, used = row[: kept.shape[1] * heads.size], kept[0].long()
-    q = _finished(queries.view(-1, 1, heads.size), heads.query_norm, rotation, position)
-    groups = used // (heads.queries // heads.groups)
+        last = qkv.view(-1, batch, qkv.shape[1]).index_select(0, at % (len(qkv) // batch))[0]
+        asked, index = last[:, : used.most * heads.size], used.index[: used.most].long()
+        index = index.clamp(max=heads.queries - 1)
+    q = asked.reshape(batch, -1, 1, heads.size)
+    q = _finished(q, heads.query_norm, rotation, turns)
+    groups = index // (heads.queries // heads.groups)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = torch.matmul(q.to(wide), keys[0][groups].to(wide).mT) * heads.scale
-    seen = torch.arange(keys.shape[2], device=keys.device) <= position
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    return torch.matmul(weights, values[0][groups].to(wide)).to(qkv.dtype).view(1, -1)
+    scores = torch.matmul(q.to(wide), keys[:, groups].to(wide).mT) * heads.scale
+    columns = torch.arange(keys.shape[2], device=keys.device)
+    seen = (columns >= rows.padding[:, None]) & (columns <= at)
+    weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
+    made = torch.matmul(weights, values[:, groups].to(wide)).to(qkv.dtype)
+    if used is not None:
+        valid = (torch.arange(used.most, device=qkv.device) < used.queries).expand(batch, -1)
+        if used.wanted is not None:
+            valid = valid & used.wanted[:, index]
+        made = torch.where(valid[:, :, None, None], made, 0)
+    return made.view(batch, -1)
 
 
 def complete(
     made: Tensor,
-    index: Tensor,
-    count: Tensor,
-    kept: int,
+    used: UsedHeads,
     until: Tensor,
     rotation: tuple[Tensor, Tensor] | None,
     keys: Tensor,
     values: Tensor,
-    position: Tensor,
+    rows: Rows,
     heads: Heads,
 ) -> None:
     """See `dipnet.kernels.steps.complete`."""
-    last, by_head = int(position), made.unflatten(1, (-1, heads.size))
-    number = (int(count) - kept) // 2
-    groups = index[kept : kept + number].long() - heads.queries
-    for place, group in enumerate(groups.tolist(), kept):
-        tokens = torch.arange(int(until[group]) + 1, last + 1, device=index.device)
-        rows = by_head[tokens % len(made)]
-        keys[0, group, tokens] = _finished(rows[:, place], heads.key_norm, rotation, tokens)
-        values[0, group, tokens] = rows[:, place + number]
-    until[groups] = last
+    batch, last, queries = len(until), int(rows.position), int(used.queries)
+    by_head = made.view(-1, batch, made.shape[1]).unflatten(2, (-1, heads.size))
+    number = (int(used.count) - queries) // 2
+    groups = used.index[queries : queries + number].long() - heads.queries
+    for row in range(batch):
+        for place, group in enumerate(groups.tolist(), queries):
+            tokens = torch.arange(int(until[row, group]) + 1, last + 1, device=made.device)
+            found = by_head[tokens % len(by_head), row]
+            turns = tokens - rows.padding[row]
+            keys[row, group, tokens] = _finished(found[:, place], heads.key_norm, rotation, turns)
+            values[row, group, tokens] = found[:, place + number]
+    until[:, groups] = last
 
 
 def _finished(
     x: Tensor, norm: Norm | None, rotation: tuple[Tensor, Tensor] | None, positions: Tensor
 ) -> Tensor:
-    """(..., tokens, size) queries or keys as they are compared: normalised and rotated."""
+    """(..., tokens, size) queries or keys as they are compared: normalised and rotated.
+
+    ``positions`` are (tokens,) or (batch, tokens), of x (batch, heads, tokens, size).
+    """
     x = x if norm is None else _normalised(x, norm)
-    return x if rotation is None else _rotated(x, *(table[positions] for table in rotation))
+    if rotation is None:
+        return x
+    tables = [table[positions] for table in rotation]
+    return _rotated(x, *(table if positions.dim() == 1 else table[:, None] for table in tables))
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,10 +1,13 @@
-"""What the kernels of one token are told about a model."""
+"""What the kernels of one token are told about a model and about its batch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from torch import Tensor
+
+MOST_CHANNELS = 256
+"""Of a head: a tile of keys and one of values have to fit into a multiprocessor."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,3 +34,32 @@ class Heads:
     scale: float
     query_norm: Norm | None = None
     key_norm: Norm | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Where a batch's sequences stand in their cache, whose columns they fill together.
+
+    ``position`` (1,) int64 is the column of the token at hand, ``padding`` (batch,) int64 how many
+    columns at the beginning of each sequence are none of its tokens.
+    """
+
+    position: Tensor
+    padding: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class UsedHeads:
+    """Heads that some sequence of a batch needs, counted over all projections one after the other:
+    query heads, then groups' keys, then the same groups' values.
+
+    ``index`` (n,) int32, of which ``count`` (1,) int32 are valid, lists them; the first ``queries``
+    (1,) int32 are query heads, at most ``most`` of them. ``wanted`` (batch, heads) bool says which
+    sequence keeps which; None where there is one sequence, which keeps them all.
+    """
+
+    index: Tensor
+    count: Tensor
+    queries: Tensor
+    most: int
+    wanted: Tensor | None = None

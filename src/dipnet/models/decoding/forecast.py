@@ -10,16 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dipnet.kernels.steps import UsedHeads
 from dipnet.models.decoding.sites import Kept, SiteStep
-from dipnet.models.decoding.skipped import UsedHeads
+from dipnet.models.decoding.skipped import HeadLists
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The units kept, and of heads what `UsedHeads` says of them."""
+    """The neurons that are kept, or the heads that are used."""
 
-    kept: Kept
-    used: tuple[Tensor, Tensor] | None = None
+    kept: Kept | None = None
+    used: UsedHeads | None = None
 
 
 class Forecast:
@@ -29,19 +30,21 @@ class Forecast:
     done when its block needs the units.
     """
 
-    def __init__(self, sites: Iterable[SiteStep], ring: int, device: torch.device) -> None:
+    def __init__(
+        self, sites: Iterable[SiteStep], rows: int, ring: int, device: torch.device
+    ) -> None:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.readers: dict[int, list[SiteStep]] = defaultdict(list)
-        self.heads: dict[SiteStep, UsedHeads] = {}
+        self.heads: dict[SiteStep, HeadLists] = {}
         for step in sites:
             if step.site.place is not None:
                 self.readers[step.site.place].append(step)
             if step.site.name == "attn.head":
-                self.heads[step] = UsedHeads(step.site, ring, device)
+                self.heads[step] = HeadLists(step.site, rows, ring, device)
         self._made: dict[SiteStep, tuple[Choice, torch.cuda.Event | None, Tensor]] = {}
 
     def see(self, place: int, hidden: Tensor, turn: Tensor) -> None:
-        """The residual stream at a place is (1, width) ``hidden``: what reads it may begin.
+        """The residual stream at a place is (rows, width) ``hidden``: what reads it may begin.
 
         ``turn`` (1,) says which groups of heads have theirs.
         """
@@ -66,6 +69,7 @@ class Forecast:
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def _choose(self, step: SiteStep, hidden: Tensor, turn: Tensor) -> Choice:
-        kept = step.decide(hidden)
-        used = self.heads.get(step)
-        return Choice(kept, None if used is None else used(kept.index, turn))
+        heads = self.heads.get(step)
+        if heads is None:
+            return Choice(kept=step.decide(hidden))
+        return Choice(used=heads(step.lists(hidden), turn))

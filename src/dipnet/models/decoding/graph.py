@@ -16,15 +16,23 @@ LENGTHS = 256
 
 
 class Replay:
-    """A static cache for one sequence, and the step that decodes on it: a CUDA graph on a GPU."""
+    """A static cache for a batch of ``rows`` sequences, and the step that decodes on it: a CUDA
+    graph on a GPU."""
 
     def __init__(
-        self, decoder: Decoder, blocks: list[Block], counts: StepCounts, length: int, ring: int
+        self,
+        decoder: Decoder,
+        blocks: list[Block],
+        counts: StepCounts,
+        rows: int,
+        length: int,
+        ring: int,
     ) -> None:
+        self.rows = rows
         self.length = length
         self.counts = counts
-        self.cache = _cache(decoder, length)
-        self.step = TokenStep(decoder, blocks, counts, self.cache, ring)
+        self.cache = _cache(decoder, rows, length)
+        self.step = TokenStep(decoder, blocks, counts, self.cache, rows, ring)
         self.logits: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         if decoder.model.device.type == "cuda":
@@ -36,20 +44,20 @@ class Replay:
         self.cache.reset()
         return self.cache
 
-    def prompt_ended(self, tokens: int) -> None:
-        """The cache holds so many tokens."""
-        self.step.prompt_ended(tokens)
+    def prompt_ended(self, tokens: int, padding: Tensor | None = None) -> None:
+        """The cache holds so many columns; the first (rows,) int64 ``padding`` are no tokens."""
+        self.step.prompt_ended(tokens, padding)
 
     def run(self, token: Tensor, alive: Tensor | None = None) -> Tensor:
-        """The (1, vocabulary) logits after a (1,) token; overwritten by the next call.
+        """The (rows, vocabulary) logits after (rows,) tokens; overwritten by the next call.
 
-        Where (1,) ``alive`` is given and False, nothing of the token is counted.
+        Where (1,) ``alive`` is given and False, nothing of the tokens is counted.
         """
         self.step.token.copy_(token)
         if alive is None:
             self.counts.alive.fill_(1)
         else:
-            self.counts.alive.copy_(alive)
+            self.counts.alive.copy_(alive)  # of all rows
         if self.graph is None:
             return self.step()
         self.graph.replay()
@@ -69,10 +77,10 @@ class Replay:
             self.logits = self.step()
 
 
-def _cache(decoder: Decoder, length: int) -> StaticCache:
+def _cache(decoder: Decoder, rows: int, length: int) -> StaticCache:
     model, spec = decoder.model, decoder.spec
-    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=length)
     groups = spec.matrices["k"][0] // spec.head_size
     with torch.inference_mode(False):
-        cache.early_initialization(1, groups, spec.head_size, model.dtype, model.device)
+        cache = StaticCache(config=model.config.get_text_config(), max_cache_len=length)
+        cache.early_initialization(rows, groups, spec.head_size, model.dtype, model.device)
     return cache

@@ -1,7 +1,8 @@
-"""One token through Hugging Face's own code, with a layer's products in place of its linear layers.
+"""A token of each row through Hugging Face's own code, with a layer's products in place of its
+linear layers.
 
-Only calls of one token are changed (`Decoding.stepping`); what a compiler sees of them are the
-kernels' operators, without a graph break. Of skipped heads the queries, keys and values are
+Only calls of one token a row are changed (`Decoding.stepping`); what a compiler sees of them are
+the kernels' operators, without a graph break. Of skipped heads the queries, keys and values are
 computed here all the same: only our own loop can complete them later.
 """
 
@@ -51,7 +52,7 @@ class LayerModules:
     def _attach_mlp(self) -> list[Callable[[], None]]:
         family = self.decoder.family
         mlp = self.decoder.module(self.layer, family.mlp)
-        if not isinstance(mlp, nn.Linear):
+        if not hasattr(mlp, "in_features"):
             return [_replace(mlp, self._mlp)]
         down = self.decoder.holder(self.layer, "down")  # no module holds the MLP: its linear layers
         return [_replace(mlp, self._first), _replace(down, self._last)]
@@ -59,7 +60,7 @@ class LayerModules:
     def _projection(self, part: slice, module: Any, x: Tensor) -> Tensor:
         """One of the projections that read attention's input: the first computes them all."""
         if not self.decoding.stepping:
-            return nn.Linear.forward(module, x)
+            return _plain(module, x)
         if part.start == 0:
             self._made = self.block.qkv(x.flatten(0, -2))
         assert self._made is not None, "the projections are computed in order"
@@ -70,7 +71,7 @@ class LayerModules:
 
     def _out(self, module: Any, x: Tensor) -> Tensor:
         if not self.decoding.stepping:
-            return nn.Linear.forward(module, x)
+            return _plain(module, x)
         out, flat = self.block.out, x.flatten(0, -2)
         heads = self.block.heads
         kept = out.kept(flat) if heads is None else self.decoding.predicted(heads, x)
@@ -78,8 +79,7 @@ class LayerModules:
 
     def _mlp(self, module: Any, x: Tensor) -> Tensor:
         if not self.decoding.stepping:
-            whole: Tensor = type(module).forward(module, x)
-            return whole
+            return _plain(module, x)
         return self._computed(x)
 
     def _computed(self, x: Tensor) -> Tensor:
@@ -91,16 +91,22 @@ class LayerModules:
     def _first(self, module: Any, x: Tensor) -> Tensor:
         """The whole MLP in its first linear layer; what the second is given says nothing."""
         if not self.decoding.stepping:
-            return nn.Linear.forward(module, x)
+            return _plain(module, x)
         self._made = self._computed(x)
         return x
 
     def _last(self, module: Any, x: Tensor) -> Tensor:
         if not self.decoding.stepping:
-            return nn.Linear.forward(module, x)
+            return _plain(module, x)
         made, self._made = self._made, None
         assert made is not None, "the first layer comes before the second"
         return made
+
+
+def _plain(module: Any, x: Tensor) -> Tensor:
+    """What a module computes without us."""
+    made: Tensor = type(module).forward(module, x)
+    return made
 
 
 def _replace(module: nn.Module, forward: Callable[..., Tensor]) -> Callable[[], None]:

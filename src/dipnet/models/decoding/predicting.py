@@ -23,12 +23,12 @@ class PredictedScores:
             for weight, bias in ((predictor.w1, predictor.b1), (predictor.w2, predictor.b2))
         )
         self.rows = [
-            torch.arange(len(weight), dtype=torch.int32, device=device)[None]
+            torch.arange(len(weight), dtype=torch.int32, device=device)
             for weight, _ in (self.inner, self.outer)
         ]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(1, width) residual stream -> (1, units) float32."""
+        """(rows, width) residual stream -> (rows, units) float32."""
         (first, bias), rows = self.inner, self.rows[0]
         x = gpu.rows_product(x.float(), rows, first, bias=bias, activation=self.activation)
         (second, bias), rows = self.outer, self.rows[1]

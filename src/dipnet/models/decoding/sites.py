@@ -15,15 +15,39 @@ from dipnet.methods.dejavu import DejaVu
 from dipnet.methods.dip import DIP
 from dipnet.models.decoding.counts import StepCounts
 from dipnet.models.decoding.predicting import PredictedScores
+from dipnet.models.decoding.sharing import MOST_ROWS, Way, way
 from dipnet.units import Site, kept_units
 
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """(1, k) int32 places of kept units, ascending; the first ``count`` (1,) are valid, or all."""
+    """Places of kept units, int32, ascending: (batch, k), each row its own; or (n,) of all rows
+    together, or None where all weights are read, and then ``mask`` (batch, units) bool says which
+    row keeps what. The first ``count`` are valid, (batch,) or (1,); all, where it is None.
+    """
 
-    index: Tensor
+    index: Tensor | None
     count: Tensor | None = None
+    mask: Tensor | None = None
+
+    def masked(self, x: Tensor, block: int = 1) -> Tensor:
+        """(batch, channels) -> the same, 0 where a row drops a unit of ``block`` channels."""
+        assert self.mask is not None, "lists of the rows' own need no mask"
+        mask = self.mask if block == 1 else self.mask.repeat_interleave(block, dim=1)
+        return x * mask
+
+    def gathered(self, x: Tensor, block: int = 1) -> Tensor:
+        """`masked`, of the listed units alone: (batch, n * block)."""
+        assert self.index is not None
+        made = self.masked(x, block)
+        if block == 1:
+            return made.index_select(1, self.index)
+        return made.unflatten(1, (-1, block)).index_select(1, self.index).flatten(1)
+
+    def listed(self, x: Tensor) -> Tensor:
+        """(batch, n) values of the listed units -> the same, 0 where a row drops one."""
+        assert self.index is not None
+        return x if self.mask is None else x * self.mask.index_select(1, self.index)
 
 
 def keeps_fixed_number(method: Method) -> bool:
@@ -37,22 +61,33 @@ def keeps_above_threshold(method: Method) -> bool:
 
 
 def magnitudes(method: Method, site: Site) -> bool:
-    """Whether the scores are the absolute values of what is scored."""
+    """Whether the scores are the absolute values of what is scored, times a factor if any."""
     return type(method).score is Method.score and site.block == 1
 
 
 class SiteStep:
-    """Decides which of one site's units a token keeps: a fixed number, or all above a threshold."""
+    """Decides which of one site's units a token keeps: a fixed number, or all above a threshold.
+
+    ``weight_bytes`` are the bytes of one weight, by which a batch's way is chosen; None where only
+    lists of the rows' own are served.
+    """
 
     def __init__(
-        self, site: Site, method: Method, counts: StepCounts, device: torch.device
+        self,
+        site: Site,
+        method: Method,
+        counts: StepCounts,
+        device: torch.device,
+        weight_bytes: float | None,
     ) -> None:
         self.site = site
         self.method = method
         self.counts = counts
         self.key = site.layer, site.name
         self.magnitudes = magnitudes(method, site)
+        self.factor = method.factor(site, device) if self.magnitudes else None
         self.group = site.group
+        self.ways = _ways(site, weight_bytes)
         self.score: Callable[[Tensor], Tensor] = partial(method.score, site)
         if isinstance(method, DejaVu) and type(method).score is DejaVu.score:
             self.score = PredictedScores(method, site, device)
@@ -67,22 +102,63 @@ class SiteStep:
             self.fixed = kept_units(site.density, site.units)
 
     def decide(self, scored: Tensor) -> Kept:
-        """What is kept of one token, from the (1, n) activation that the score reads."""
-        scores = scored if self.magnitudes else self.score(scored)
+        """What is kept of a token of each row, from the (batch, n) activation that the score
+        reads, the way that suits the batch."""
+        way = self.ways[len(scored) - 1]
+        if way == "own":
+            return self.lists(scored)
+        mask = self._mask(self._scores(scored))
+        if way == "whole":
+            return Kept(None, mask=mask)
+        return Kept(*gpu.union_indices(mask), mask)
+
+    def lists(self, scored: Tensor) -> Kept:
+        """What is kept, a list for each row."""
+        scores = self._scores(scored)
         if self.fixed is not None:
-            kept = Kept(gpu.topk_indices(scores, self.fixed, magnitude=self.magnitudes))
-            self._count_groups(kept.index)
-            return kept
+            index = gpu.topk_indices(
+                scores, self.fixed, magnitude=self.magnitudes, factor=self.factor
+            )
+            self._count_groups(index)
+            return Kept(index)
         assert self.threshold is not None
         assert self.counter is not None
         index, count = gpu.threshold_indices(scores, self.threshold, magnitude=self.magnitudes)
         self.counts.add(self.counter, count)
         return Kept(index, count)
 
+    def _scores(self, scored: Tensor) -> Tensor:
+        return scored if self.magnitudes else self.score(scored)
+
+    def _mask(self, scores: Tensor) -> Tensor:
+        """(batch, n) scores -> (batch, units) bool, counted."""
+        if self.fixed is not None:
+            mask = gpu.topk_mask(scores, self.fixed, magnitude=self.magnitudes, factor=self.factor)
+            if self.key in self.counts.groups:
+                used = mask.unflatten(1, (-1, self.group)).any(dim=2)
+                self.counts.add(self.counts.groups[self.key], used.sum(dim=1))
+            return mask
+        assert self.threshold is not None
+        assert self.counter is not None
+        mask = (scores.abs() if self.magnitudes else scores) > self.threshold
+        self.counts.add(self.counter, mask.sum(dim=1))
+        return mask
+
     def _count_groups(self, index: Tensor) -> None:
         """Count groups of units of which one is kept, where units share weights in groups."""
         if self.key not in self.counts.groups:
             return
-        used = index.new_zeros(self.site.units // self.group)
-        used.index_fill_(0, (index[0] // self.group).long(), 1)
-        self.counts.add(self.counts.groups[self.key], used.sum(dim=0, keepdim=True))
+        used = index.new_zeros(len(index), self.site.units // self.group)
+        used.scatter_(1, (index // self.group).long(), 1)
+        self.counts.add(self.counts.groups[self.key], used.sum(dim=1))
+
+
+def _ways(site: Site, weight_bytes: float | None) -> tuple[Way, ...]:
+    """The way of a batch of one row, of two, ..."""
+    if weight_bytes is None:
+        own: Way = "own"
+        return (own,) * MOST_ROWS
+    shared = site.weights_per_group * (site.units // site.group)
+    size = (site.weights_per_unit * site.units + shared) * weight_bytes
+    choice = site.density, site.units, size
+    return tuple(way(rows, *choice) for rows in range(1, MOST_ROWS + 1))

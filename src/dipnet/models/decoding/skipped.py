@@ -3,7 +3,8 @@
 A layer remembers what attention read for the last tokens, in a ring. When a head is used, its keys
 and values of the tokens since its group was last used come from there, by the product that this
 token's need anyway. Each group is used once in so many tokens, in turn, wanted or not, so that the
-ring never loses what is still missing.
+ring never loses what is still missing. In a batch a head is used when any sequence keeps it: its
+weights are read once, and the others' keys and values are completed too.
 """
 
 from __future__ import annotations
@@ -12,35 +13,45 @@ import torch
 from torch import Tensor
 
 from dipnet.kernels import gpu, steps
-from dipnet.kernels.steps import Heads
-from dipnet.models.decoding.blocks import Block
+from dipnet.kernels.steps import Heads, Rows, UsedHeads
+from dipnet.models.decoding.blocks import Block, columns
 from dipnet.models.decoding.sites import Kept
+from dipnet.models.decoding.stacked import Stacked
 from dipnet.units import Site, kept_units
 
 
-class UsedHeads:
-    """Which heads of the three projections a token needs of one layer.
+class HeadLists:
+    """Lists the heads that a token of each of ``rows`` sequences needs of one layer.
 
-    They are counted one after the other: query heads, groups' keys, groups' values. Needed are the
-    kept query heads, and the keys and values of their groups and of those whose turn it is.
+    Needed are the kept query heads, and the keys and values of their groups and of those whose turn
+    it is.
     """
 
-    def __init__(self, site: Site, ring: int, device: torch.device) -> None:
-        groups = site.units // site.group
-        self.group = site.group
+    def __init__(self, site: Site, rows: int, ring: int, device: torch.device) -> None:
+        groups, kept = site.units // site.group, kept_units(site.density, site.units)
+        self.site = site
+        self.rows = rows
         turns = torch.arange(groups, device=device) % ring
         self.turns = torch.cat([turns.new_full((site.units,), -1), turns, turns])
         self.offsets = torch.tensor([site.units, site.units + groups], device=device)[:, None]
-        used = min(groups, kept_units(site.density, site.units) + -(-groups // ring))
-        self.most = kept_units(site.density, site.units) + 2 * used
+        self.most = min(site.units, rows * kept)
+        self.length = self.most + 2 * min(groups, self.most + -(-groups // ring))
+        self.fixed = torch.tensor([kept], dtype=torch.int32, device=device)
 
-    def __call__(self, heads: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        """(1, k) kept heads, and (1,) whose turn it is -> (most,) int32; of them (1,) are valid."""
-        kept = heads[0].long()
-        needed = torch.cat([kept, (kept // self.group + self.offsets).flatten()])
+    def __call__(self, heads: Kept, place: Tensor) -> UsedHeads:
+        """Each row's kept heads, and (1,) whose turn it is."""
+        assert heads.index is not None
+        kept = heads.index.long()
+        flat = kept.flatten()
+        needed = torch.cat([flat, (flat // self.site.group + self.offsets).flatten()])
         mask = (self.turns == place).index_fill_(0, needed, True)
         index, count = gpu.union_indices(mask[None])
-        return index[: self.most], count
+        index = index[: self.length]
+        if self.rows == 1:
+            return UsedHeads(index, count, self.fixed, self.most)
+        queries = mask[: self.site.units].sum(dim=0, keepdim=True, dtype=torch.int32)
+        wanted = mask.new_zeros(self.rows, self.site.units).scatter_(1, kept, True)
+        return UsedHeads(index, count, queries, self.most, wanted)
 
 
 class SkippedHeads:
@@ -52,34 +63,33 @@ class SkippedHeads:
         heads: Heads,
         rotation: tuple[Tensor, Tensor] | None,
         kept: tuple[Tensor, Tensor],
+        rows: Rows,
         ring: int,
     ) -> None:
         self.block = block
         self.heads = heads
-        self.at = rotation, *kept
-        device, projections = kept[0].device, block.qkv.stacked
-        self.inputs = kept[0].new_zeros(ring, projections.weight.shape[1])
-        self.until = torch.zeros(heads.groups, dtype=torch.int64, device=device)
+        self.at = rotation, *kept, rows, heads
+        device, batch = kept[0].device, len(rows.padding)
+        self.inputs = kept[0].new_zeros(ring, batch, block.qkv.stacked.inputs)
+        self.until = torch.zeros(batch, heads.groups, dtype=torch.int64, device=device)
 
     def prompt_ended(self, tokens: int) -> None:
-        """The cache holds all keys and values of so many tokens."""
+        """The cache holds all keys and values of so many columns."""
         self.until.fill_(tokens - 1)
 
-    def __call__(self, kept: Tensor, index: Tensor, count: Tensor, position: Tensor) -> Tensor:
-        """What attention puts out, (1, width); what it reads is in ``inputs`` already.
-
-        ``kept`` (1, k) are the heads, ``count`` of ``index`` what `UsedHeads` says of them.
-        """
+    def __call__(self, used: UsedHeads) -> Tensor:
+        """What attention puts out, (rows, width); what it reads is in ``inputs`` already."""
         projections, size = self.block.qkv.stacked, self.heads.size
+        assert isinstance(projections, Stacked), "columns hold no heads"
         made = gpu.rows_product(
-            self.inputs,
-            index,
+            self.inputs.flatten(0, 1),
+            used.index,
             projections.weight,
-            count=count,
+            count=used.count,
             bias=projections.bias,
             block=size,
         )
-        at = *self.at, position, self.heads
-        steps.complete(made, index, count, kept.shape[1], self.until, *at)
-        attended = steps.attend(made, *at, kept)
-        return self.block.out.product(attended, Kept(kept), compact=True)
+        steps.complete(made, used, self.until, *self.at)
+        attended = steps.attend(made, *self.at, used)
+        kept = Kept(used.index[: used.most], used.queries)
+        return columns(self.block.out.stacked, attended, kept, size, compact=True)

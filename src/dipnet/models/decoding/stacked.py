@@ -30,9 +30,24 @@ class Stacked:
         self.bias = self._biases()
 
     @property
+    def separable(self) -> bool:
+        """Whether the kernels can read the layers apart, and need not add anything to each."""
+        return self.bias is None
+
+    @property
+    def inputs(self) -> int:
+        """Channels that the layers read."""
+        return self.weight.shape[1]
+
+    @property
     def by_input(self) -> Tensor:
         """(inputs, outputs): the units of a product of kept input channels."""
         return self.weight.t()
+
+    def part(self, number: int, of: int) -> Tensor:
+        """(outputs, inputs) of one of so many equal parts: the units of a product of outputs."""
+        rows = self.weight.shape[0] // of
+        return self.weight[number * rows : (number + 1) * rows]
 
     def product(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs): all weights are read."""

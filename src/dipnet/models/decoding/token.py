@@ -1,4 +1,5 @@
-"""One token through a whole decoder, on kernels and cuBLAS alone: what a CUDA graph holds.
+"""A token of each row through a whole decoder, on kernels and cuBLAS alone: what a CUDA graph
+holds.
 
 Hugging Face's modules hold the weights, and nothing else of theirs runs: between two products there
 is one launch. Rounded where they round, so that a dense step gives their logits.
@@ -16,7 +17,7 @@ from transformers import StaticCache
 from transformers.cache_utils import StaticSlidingWindowLayer
 
 from dipnet.kernels import steps
-from dipnet.kernels.steps import Heads, Norm
+from dipnet.kernels.steps import MOST_CHANNELS, Heads, Norm, Rows
 from dipnet.models.decoding.blocks import Block
 from dipnet.models.decoding.counts import StepCounts
 from dipnet.models.decoding.forecast import Forecast
@@ -62,6 +63,8 @@ def why_not(decoder: Decoder, length: int) -> str | None:
     rotary = getattr(inner, "rotary_emb", None)
     if rotary is not None and rotary.rope_type not in ROTATIONS:
         return f"has no decode loop for the rotation {rotary.rope_type!r}"
+    if decoder.spec.head_size > MOST_CHANNELS:
+        return f"has no decode loop for heads of more than {MOST_CHANNELS} channels"
     if getattr(inner, "project_in", None) is not None:
         return "has no decode loop for embeddings of another width than the model's"
     if not getattr(config, "do_layer_norm_before", True):
@@ -73,9 +76,10 @@ def why_not(decoder: Decoder, length: int) -> str | None:
 
 
 class TokenStep:
-    """The step of one token: reads ``token`` and ``position``, both (1,) int64, and moves on.
+    """The step of a token of each of ``rows`` sequences: reads ``token`` (rows,) int64 and where
+    they stand, and moves on.
 
-    ``cache`` is a static cache of one sequence; the step writes to it and does not count in it.
+    ``cache`` is their static cache; the step writes to it and does not count in it.
     ``ring`` is for how many tokens a layer remembers what a skipped head would have read.
     """
 
@@ -85,6 +89,7 @@ class TokenStep:
         blocks: list[Block],
         counts: StepCounts,
         cache: StaticCache,
+        rows: int,
         ring: int,
     ) -> None:
         self.recipe = RECIPES[decoder.spec.family]
@@ -92,39 +97,43 @@ class TokenStep:
         self.head: Any = decoder.model.get_output_embeddings()
         self.counts = counts
         device = decoder.model.device
-        self.token = torch.zeros(1, dtype=torch.int64, device=device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.token = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.rows = Rows(torch.zeros_like(self.token[:1]), torch.zeros_like(self.token))
         last = getattr(self.inner, self.recipe.last_norm)
         self.last_norm = None if last is None else _norm(last, self.recipe.centred)
         rotation = self._rotation(cache.layers[0].keys)
         self.ring = ring
         predicted = [step for block in blocks for step in (block.heads, block.mlp.neurons) if step]
-        self.forecast = Forecast(predicted, ring, device)
+        self.forecast = Forecast(predicted, rows, ring, device)
         self.layers = [
-            LayerStep(decoder, number, block, self.recipe, cache, rotation, self.forecast, ring)
+            LayerStep(self, decoder, number, block, cache, rotation)
             for number, block in enumerate(blocks)
         ]
 
-    def prompt_ended(self, tokens: int) -> None:
-        """The cache holds so many tokens."""
-        self.position.fill_(tokens)
+    def prompt_ended(self, tokens: int, padding: Tensor | None) -> None:
+        """The cache holds so many columns; the first (rows,) ``padding`` are no tokens."""
+        self.rows.position.fill_(tokens)
+        if padding is None:
+            self.rows.padding.zero_()
+        else:
+            self.rows.padding.copy_(padding)
         for layer in self.layers:
             if layer.skipped is not None:
                 layer.skipped.prompt_ended(tokens)
 
     def __call__(self) -> Tensor:
-        """The (1, vocabulary) logits after ``token``, which stands at ``position``."""
+        """The (rows, vocabulary) logits after ``token``."""
         hidden, delta = self._embedded(), None
-        place = self.position % self.ring
+        place = self.rows.position % self.ring
         for layer in self.layers:
-            hidden, delta = layer(hidden, delta, self.position, place)
+            hidden, delta = layer(hidden, delta, place)
         if self.last_norm is None:
             x = hidden if delta is None else hidden + delta
         else:
             _, x = steps.add_norm(hidden, delta, self.last_norm)
         logits: Tensor = self.head(x)
-        self.position.add_(1)
-        self.counts.tokens.add_(self.counts.alive)
+        self.rows.position.add_(1)
+        self.counts.count_tokens(len(self.token))
         return logits
 
     def _embedded(self) -> Tensor:
@@ -132,7 +141,8 @@ class TokenStep:
         if self.recipe.positions is None:
             return hidden
         table = getattr(self.inner, self.recipe.positions).weight
-        return hidden + table.index_select(0, self.position + self.recipe.offset)
+        turns = self.rows.position - self.rows.padding
+        return hidden + table.index_select(0, turns + self.recipe.offset)
 
     def _rotation(self, keys: Tensor) -> tuple[Tensor, Tensor] | None:
         """The (length, rotated channels) cosines and sines of all positions, as the model's own."""
@@ -149,54 +159,56 @@ class LayerStep:
 
     def __init__(
         self,
+        step: TokenStep,
         decoder: Decoder,
         number: int,
         block: Block,
-        recipe: Recipe,
         cache: StaticCache,
         rotation: tuple[Tensor, Tensor] | None,
-        forecast: Forecast,
-        ring: int,
     ) -> None:
         self.number = number
-        self.forecast = forecast
+        self.forecast = step.forecast
         self.block = block
+        recipe = step.recipe
         names = recipe.first_norm, decoder.family.mlp_norm
         self.norms = [_norm(decoder.module(number, name), recipe.centred) for name in names]
         self.heads = _heads(decoder, number)
         self.keys, self.values = cache.layers[number].keys, cache.layers[number].values
         self.rotation = rotation
+        self.rows = step.rows
         self.skipped = None
         if block.heads is not None:
             kept = self.keys, self.values
-            self.skipped = SkippedHeads(block, self.heads, rotation, kept, ring)
+            at = step.rows, step.ring
+            self.skipped = SkippedHeads(block, self.heads, rotation, kept, *at)
 
     def __call__(
-        self, hidden: Tensor, delta: Tensor | None, position: Tensor, place: Tensor
+        self, hidden: Tensor, delta: Tensor | None, place: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(1, width) residual stream and what is still to be added to it -> the same, later.
+        """(rows, width) residual stream and what is still to be added to it -> the same, later.
 
-        ``place`` (1,) is the token's in the rings of skipped heads.
+        ``place`` (1,) is the tokens' in the rings of skipped heads.
         """
         block, mlp = self.block, self.block.mlp
         ring = None if self.skipped is None else (self.skipped.inputs, place)
         hidden, x, kept = _normed(hidden, delta, self.norms[0], block.qkv.site, ring)
         self.forecast.see(2 * self.number, hidden, place)
-        delta = self._attention(x, kept, position)
+        delta = self._attention(x, kept)
         hidden, x, kept = _normed(hidden, delta, self.norms[1], mlp.inputs.site)
         self.forecast.see(2 * self.number + 1, hidden, place)
         neurons = mlp.neurons if mlp.scored_on == "residual" else None
         chosen = None if neurons is None else self.forecast.take(neurons).kept
         return hidden, mlp(x, kept, chosen)
 
-    def _attention(self, x: Tensor, kept: Kept | None, position: Tensor) -> Tensor:
+    def _attention(self, x: Tensor, kept: Kept | None) -> Tensor:
         block = self.block
         if self.skipped is not None and block.heads is not None:
             choice = self.forecast.take(block.heads)
-            assert choice.used is not None
-            return self.skipped(choice.kept.index, *choice.used, position)
+            assert choice.used is not None, "heads are used, not only kept"
+            return self.skipped(choice.used)
         qkv = block.qkv.product(x, kept)
-        made = steps.attend(qkv, self.rotation, self.keys, self.values, position, self.heads)
+        at = self.rotation, self.keys, self.values, self.rows, self.heads
+        made = steps.attend(qkv, *at)
         return block.out(made)
 
 
