@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import dipnet
+from dipnet.methods.allocation import Shapes
 from dipnet.methods.base import Method
+from dipnet.units import ModelSpec
 from tests.families import FAMILIES, random_tokens, shared, tiny
 from tests.predicted import (
     oracle_heads,
@@ -48,6 +50,10 @@ def all_channels(_layer: PlainLayer, _method: Any, _site: str, x: Tensor) -> lis
 
 def top_channels(_layer: PlainLayer, method: Any, _site: str, x: Tensor) -> list[int]:
     return top(x.abs(), method.attention_density)
+
+
+def allocated_channels(layer: PlainLayer, method: Any, site: str, x: Tensor) -> list[int]:
+    return top(x.abs(), method.allocated.points[0].sites[site][layer.number])
 
 
 def weighed_channels(layer: PlainLayer, method: Any, site: str, x: Tensor) -> list[int]:
@@ -119,6 +125,24 @@ def dip_blocks(layer: PlainLayer, method: Any, x: Tensor) -> Tensor:
     return layer.down(hidden, [block * size + i for block in blocks for i in range(size)])
 
 
+def dip_allocated(layer: PlainLayer, method: Any, x: Tensor) -> Tensor:
+    shares = {name: each[layer.number] for name, each in method.allocated.points[0].sites.items()}
+    channels = top(x.abs(), shares["mlp.in"])
+    hidden = layer.hidden(x[channels], inputs=channels)
+    return layer.down(hidden, top(hidden.abs(), shares["mlp.hidden"]))
+
+
+def dip_scored(layer: PlainLayer, method: Any, x: Tensor) -> Tensor:
+    input_density, hidden_density = _dip_densities(layer, method)
+    first, second = (
+        torch.tensor(method.factors.values[layer.number, site].tolist(), dtype=torch.float64)
+        for site in ("mlp.in", "mlp.hidden")
+    )
+    channels = top(x.abs() * first, input_density)
+    hidden = layer.hidden(x[channels], inputs=channels)
+    return layer.down(hidden, top(hidden.abs() * second, hidden_density))
+
+
 def wina(layer: PlainLayer, method: Any, x: Tensor) -> Tensor:
     input_density, hidden_density = _dip_densities(layer, method)
     channels = top(x.abs() * column_norms(layer, *layer.input_matrices), input_density)
@@ -172,7 +196,8 @@ def column_norms(layer: PlainLayer, *matrices: str) -> Tensor:
 class Case:
     """A method to test: ``mlp``, and ``attention`` or ``heads``, are its reference in plain loops.
 
-    ``predicted`` are options of the predictors that it needs.
+    ``predicted`` are options of the predictors that it needs; ``fitted`` makes the method itself
+    for a model's shapes.
     """
 
     method: Method
@@ -180,6 +205,29 @@ class Case:
     attention: Choice = all_channels
     heads: HeadChoice | None = None
     predicted: dict[str, Any] | None = None
+    fitted: Callable[[ModelSpec], Method] | None = None
+
+
+def allocated(spec: ModelSpec, *, attention: bool = False) -> dipnet.DIP:
+    """A method whose sites have densities of their own, and the density that they come to."""
+    sites = dipnet.DIP(0.5, attention_density=0.5 if attention else None).sites(spec)
+    shares = {
+        (site.layer, site.name): 0.3 + 0.1 * ((3 * number + site.layer) % 5)
+        for number, site in enumerate(sites)
+    }
+    weights = {(site.layer, site.name): site.units * site.weights_per_unit for site in sites}
+    density = sum(weights[key] * shares[key] for key in shares) / sum(weights.values())
+    return dipnet.DIP(density, allocation=dipnet.Allocation.of(spec, {density: shares}, {}))
+
+
+def scored(spec: ModelSpec) -> dipnet.DIP:
+    """A method with a factor for every channel, some of them large."""
+    draws = torch.Generator().manual_seed(0)
+    values = {
+        (site.layer, site.name): torch.randn(site.channels, generator=draws).exp()
+        for site in dipnet.DIP(0.5).sites(spec)
+    }
+    return dipnet.DIP(0.5, split=1.3, scores=dipnet.Factors(Shapes.of(spec), values))
 
 
 METHODS = {
@@ -188,6 +236,13 @@ METHODS = {
     "dip-explicit": Case(dipnet.DIP(input_density=0.6, hidden_density=0.3), dip),
     "dip-attention": Case(dipnet.DIP(0.4, split=1.1, attention_density=0.6), dip, top_channels),
     "dip-blocks": Case(dipnet.DIP(0.5, split=1.3, hidden_block=4), dip_blocks),
+    "dip-allocation": Case(
+        dipnet.DIP(0.5),
+        dip_allocated,
+        allocated_channels,
+        fitted=partial(allocated, attention=True),
+    ),
+    "dip-scores": Case(dipnet.DIP(0.5), dip_scored, fitted=scored),
     "glu": Case(dipnet.GLUPruning(0.8), glu),
     "gate": Case(dipnet.GatePruning(0.5), gate),
     "up": Case(dipnet.UpPruning(0.6), up),
@@ -232,8 +287,10 @@ every_pair = pytest.mark.parametrize(("family", "method"), PAIRS)
 
 
 def of_family(family: str, name: str) -> Method:
-    """The method, with predictors of the family's model where it needs some."""
+    """The method, with what is fitted on the family's model where it needs that."""
     case = METHODS[name]
+    if case.fitted is not None:
+        return case.fitted(dipnet.describe(shared(family)))
     if case.predicted is None:
         return case.method
     return dataclasses.replace(case.method, predictors=predictors(family, **case.predicted))

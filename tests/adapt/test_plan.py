@@ -74,7 +74,8 @@ class Stub:
     def task(self) -> Any:
         group = SimpleNamespace(block=1)
         index = SimpleNamespace(activation="silu", neurons=group)
-        return SimpleNamespace(index=index, blocks=dict.fromkeys(self.blocks))
+        blocks = dict.fromkeys(self.blocks)
+        return SimpleNamespace(index=index, blocks=blocks, usual=Setup(1))
 
     dense = ()
 

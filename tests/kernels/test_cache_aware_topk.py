@@ -111,3 +111,15 @@ def test_native_never_falls_back(k: int, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(native, "_BUILT", False)
     with pytest.raises(BackendError, match="is not built"):
         cache_aware_topk(torch.rand(4), k, resident, 0.5, "native")
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_each_row_may_have_its_own_residency(backend: str) -> None:
+    scores, resident = torch.rand(3, 5, 33), torch.rand(3, 5, 33) < 0.5
+    found = cache_aware_topk(scores, 11, resident, 0.2, backend)
+    for row in range(3):
+        for token in range(5):
+            alone = cache_aware_topk(scores[row, token], 11, resident[row, token], 0.2, "reference")
+            assert torch.equal(found[row, token], alone)
+    with pytest.raises(BackendError, match="takes one residency for all rows"):
+        cache_aware_topk(scores, 11, resident, 0.2, "native")

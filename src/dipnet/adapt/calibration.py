@@ -44,6 +44,13 @@ def calibrate(
     return method.calibrated(calibration)
 
 
+def check_window(model: PreTrainedModel, window: int) -> None:
+    """Raise InputError when a window does not fit the model's context."""
+    context = context_length(model)
+    if not 2 <= window <= context:
+        raise InputError(f"window must be from 2 to the context of {context}, got {window}")
+
+
 class TextCalibration:
     """What a method may learn from a text, measured in the dense model."""
 
@@ -51,10 +58,8 @@ class TextCalibration:
         self, model: PreTrainedModel, tokens: Tensor, window: int, bos: int | None = None
     ) -> None:
         self.decoder = Decoder(model)
-        context = context_length(model)
-        if not 2 <= window <= context:
-            raise InputError(f"window must be from 2 to the context of {context}, got {window}")
-        self.windows = _windows(tokens.flatten().to(model.device), window, bos)
+        check_window(model, window)
+        self.windows = whole_windows(tokens.flatten().to(model.device), window, bos)
 
     @property
     def spec(self) -> ModelSpec:
@@ -103,10 +108,10 @@ class _Observer(Method):
         return torch.ones_like(scores, dtype=torch.bool)
 
 
-def _windows(tokens: Tensor, window: int, bos: int | None) -> list[Tensor]:
+def whole_windows(tokens: Tensor, window: int, bos: int | None) -> list[Tensor]:
     """(n,) tokens -> whole (1, window) windows, in order; a short text is one shorter window."""
     if bos is not None:
-        bodies = _windows(tokens, window - 1, None)
+        bodies = whole_windows(tokens, window - 1, None)
         return [functional.pad(body, (1, 0), value=bos) for body in bodies]
     if len(tokens) < 2:
         raise InputError("the calibration text is empty: give at least a few hundred words")

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from dipnet.adapt.trials import Increase, Setup, Trials
 from dipnet.methods.dip import RELU_SPLIT, SMOOTH_SPLIT
 from dipnet.sim.scenario import Figures
-from dipnet.streaming.packed import block_of
 
 GAMMAS = (None, 0.5, 0.2)
 DENSITIES = tuple(number / 40 for number in range(6, 40))
@@ -96,7 +95,7 @@ def lowest(inside: Callable[[int], bool], guess: int, count: int) -> int | None:
 class _Search:
     def __init__(self, trials: Trials) -> None:
         self.trials = trials
-        self.usual = Setup(block_of(trials.task.index))
+        self.usual = trials.task.usual
         self.streaming = trials.streaming
         self.found: list[Candidate] = []
         self.best: Candidate | None = None
@@ -162,6 +161,8 @@ class _Search:
         return made
 
     def _splits(self) -> Iterator[float]:
+        if self.usual.allocation is not None:  # it says how a density is divided
+            return
         relu = self.trials.task.index.activation == "relu"
         usual = RELU_SPLIT if relu else SMOOTH_SPLIT
         for factor in SPLIT_FACTORS:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from dipnet.adapt.plan import Candidate, Choice
 from dipnet.adapt.trials import Setup, Trials
 from dipnet.eval.texts import Text
-from dipnet.methods.dip import DIP
 from dipnet.models.recording import method_text
 from dipnet.store.index import read_index
 from dipnet.streaming.budget import Needs, size_text
@@ -105,12 +106,16 @@ def _method(setup: Setup, density: float | None) -> str:
 
 
 def _densities(candidate: Candidate, trials: Trials) -> tuple[str, str]:
-    """The shares of input channels and of neurons that are kept."""
-    method = candidate.setup.method(candidate.density)
-    if not isinstance(method, DIP):
+    """The shares of input channels and of neurons that are kept, in the mean over the layers."""
+    sites = candidate.setup.method(candidate.density).sites(trials.task.shapes[0])
+    if not sites:
         return "1", "1"
-    inputs, neurons = method.densities(trials.task.shapes[0])
-    return f"{inputs:.3f}", f"{neurons:.3f}"
+    means = (
+        fmean(site.density for site in sites if site.name == name)
+        for name in ("mlp.in", "mlp.hidden")
+    )
+    inputs, neurons = (f"{mean:.3f}" for mean in means)
+    return inputs, neurons
 
 
 def reason(choice: Choice, bound: float) -> str:

@@ -59,4 +59,5 @@ class Fitter:
 
 def _wants_split(method: DIP) -> bool:
     """Whether the method divides one density between two masks, and was not told how."""
-    return method.density is not None and method.split is None
+    told = method.split is not None or method.allocation is not None
+    return method.density is not None and not told

@@ -58,12 +58,20 @@ class Setup:
     split: float | None = None
     policy: Policy = "lfu"
     cache_split: Split = "wanted"
+    allocation: Path | None = None
+    scores: Path | None = None
 
     def method(self, density: float | None) -> Method:
         """The method at a density; None is the dense model."""
         if density is None:
             return Dense()
-        return DIP(density, split=self.split, cache_aware=self.gamma)
+        return DIP(
+            density,
+            split=self.split,
+            cache_aware=self.gamma,
+            allocation=self.allocation,
+            scores=self.scores,
+        )
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,7 @@ class Task:
     keys and values are kept for. ``max_increase`` bounds the perplexity's increase. ``windows`` are
     (n,) tokens each, of one size, and begin with ``bos`` if given. ``blocks`` maps the sizes of
     records that may be tried to what makes the store of one; the store's own need not be there.
+    ``allocation`` and ``scores`` are files for `DIP`, if any.
     """
 
     store: Path
@@ -114,6 +123,13 @@ class Task:
     windows: Sequence[Tensor]
     bos: int | None = None
     blocks: Mapping[int, Callable[[], Path]] = field(default_factory=dict)
+    allocation: Path | None = None
+    scores: Path | None = None
+
+    @property
+    def usual(self) -> Setup:
+        """What a search begins with."""
+        return Setup(block_of(self.index), allocation=self.allocation, scores=self.scores)
 
     @cached_property
     def index(self) -> Index:
@@ -159,7 +175,7 @@ class Trials:
     def dense(self) -> tuple[float, ...]:
         """The dense model's losses, which no cache changes."""
         self._started("dense")
-        model = self._load(Setup(block_of(self.task.index)), None)
+        model = self._load(self.task.usual, None)
         return tuple(self._losses(model))
 
     @property
@@ -201,7 +217,7 @@ class Trials:
     @cached_property
     def streaming(self) -> bool:
         """Whether any record is read from disk while tokens are decoded."""
-        setup = Setup(block_of(self.task.index))
+        setup = self.task.usual
         slots = self.slots(setup, None, self.task.index, self.task.shapes[0])
         groups = _cached(self.task.index)
         return any(slots[key] < group.units for key, group in groups.items())

@@ -10,6 +10,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from dipnet import __version__
+from dipnet.cli.adapt import adapt
+from dipnet.cli.allocate import fit_allocation, fit_scores
 from dipnet.cli.check import check
 from dipnet.cli.console import complain, err
 from dipnet.cli.demo import demo
@@ -21,6 +23,7 @@ from dipnet.cli.options import FLAG
 from dipnet.cli.pack import pack
 from dipnet.cli.plan import plan
 from dipnet.cli.probe import probe
+from dipnet.cli.rotate import rotate
 from dipnet.cli.run import run
 from dipnet.cli.simulate import simulate
 from dipnet.errors import DipnetError
@@ -95,11 +98,14 @@ app = typer.Typer(
 
 fit = typer.Typer(
     cls=Commands,
-    help="Fit on a text what methods need: DIP's split, Deja Vu's predictors",
+    help="Fit on a text what methods need: DIP's split, allocation and scores, Deja Vu's "
+    "predictors",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
 fit.command("split", cls=Command)(fit_split)
+fit.command("allocation", cls=Command)(fit_allocation)
+fit.command("scores", cls=Command)(fit_scores)
 fit.command("predictors", cls=Command)(fit_predictors)
 
 
@@ -131,6 +137,8 @@ app.command("info", cls=Command)(info)
 app.command("pack", cls=Command)(pack)
 app.command("check", cls=Command)(check)
 app.add_typer(fit, name="fit")
+app.command("adapt", cls=Command)(adapt)
+app.command("rotate", cls=Command)(rotate)
 app.command("simulate", cls=Command)(simulate)
 app.command("probe", cls=Command)(probe)
 app.command("plan", cls=Command)(plan)

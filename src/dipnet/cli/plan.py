@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dipnet.adapt.plan import Choice
     from dipnet.adapt.trials import Task, Trials
     from dipnet.eval.texts import Text
+    from dipnet.methods.dip import DIP
     from dipnet.sim.device import Device
     from dipnet.streaming.budget import Needs
     from dipnet.streaming.plan import Plan
@@ -75,6 +76,18 @@ def plan(
     windows: Annotated[
         int, typer.Option(min=3, help="Windows of text that each candidate is measured on")
     ] = WINDOWS,
+    allocation: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Divide densities as dipnet fit allocation says",
+            show_default=False,
+        ),
+    ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Score as dipnet fit scores says", show_default=False),
+    ] = None,
     file: Annotated[
         Path | None,
         typer.Option("--out", metavar="FILE", help="Write the plan here", show_default=False),
@@ -97,8 +110,9 @@ def plan(
     quiet_libraries()
     streaming = _streaming(model, memory, cache, weights)
     content = _text(model, text)
+    method = _planned_method(allocation, scores)
     store = streaming.open(model)
-    _check_columns(store)
+    _check_columns(store, method)
     needs = _needs(store, context)
     room = _room(needs, streaming)
     measured, bos = _windows(store, content, window, windows)
@@ -109,7 +123,7 @@ def plan(
 
         made = stores.makers()
         kept = _context(store, context)
-        task = Task(store, simulated, room, kept, bound, measured, bos, made)
+        task = Task(store, simulated, room, kept, bound, measured, bos, made, allocation, scores)
         trials, choice = _choose(task, Path(folder))
         sizes = streaming.as_json()
         found = plan_of(choice, trials, needs, sizes["memory"], sizes["cache"], content)
@@ -129,15 +143,26 @@ def _bound(text: str) -> float:
     return share
 
 
-def _check_columns(store: Path) -> None:
-    """Raise InputError for a store that DIP, which is planned, cannot run from."""
-    from dipnet.store.index import read_index
+def _planned_method(allocation: Path | None, scores: Path | None) -> DIP:
+    """What is planned, at some density; InputError for files that are none."""
+    from dipnet.methods.dip import DIP
 
-    if read_index(store).unit == "neuron":
+    return DIP(0.5, allocation=allocation, scores=scores)
+
+
+def _check_columns(store: Path, method: DIP) -> None:
+    """Raise InputError for a store that DIP, which is planned, cannot run from."""
+    from dipnet.models.families import describe
+    from dipnet.store.index import read_index
+    from dipnet.streaming.methods import fitted_method
+
+    index = read_index(store)
+    if index.unit == "neuron":
         raise InputError(
             f"{str(store)!r} holds whole neurons, and dipnet plan plans dip, which takes columns: "
             "pack the model without --unit neuron"
         )
+    fitted_method(method, index, describe(shapes_of(store).model))
 
 
 def _device(name: str | None) -> Device | None:

@@ -27,7 +27,7 @@ from dipnet.sim.device import Product, columns_cost
 from dipnet.sim.walk import parts
 from dipnet.store.geometry import Weights
 from dipnet.store.index import Index, read_index
-from dipnet.streaming.attach import streamed
+from dipnet.streaming.attach import natively_streamed
 from dipnet.streaming.budget import CACHED
 from dipnet.streaming.load import load
 from dipnet.streaming.probe_reads import ReadCosts
@@ -184,10 +184,11 @@ class _Decoder:
         method = DIP(input_density=KEPT, hidden_density=KEPT)
         context = sample.prompt + NEW_TOKENS
         model = load(store, method, cache=cache, context=context, look_ahead=look_ahead)
-        streamed(model).worth.always()
+        natively_streamed(model).worth.always()
         self.loaded = LoadedModel("probe", model, load_tokenizer(DEFAULT_MODEL), WEIGHTS)
         self.prompt = torch.arange(3, 3 + sample.prompt)[None]
-        self.names = list(dict.fromkeys(group.name for group in read_index(store).groups))
+        groups = read_index(store).groups
+        self.names: list[str] = list(dict.fromkeys(group.name for group in groups))
         self.whole = cache is None
         self.totals: list[float] = []
         self.calls: list[NDArray[np.float64]] = []
@@ -258,7 +259,7 @@ def _watched(model: PreTrainedModel, names: list[str]) -> Iterator[list[NDArray[
 
 def _spent(model: PreTrainedModel, names: list[str]) -> list[float]:
     """So far: seconds of waiting and for masks; reads, records, bytes, parts; kernels by name."""
-    attached = streamed(model)
+    attached = natively_streamed(model)
     kernels = dict.fromkeys(names, 0.0)
     wait = records = size = made = 0.0
     for (_, name), group in attached.groups.items():

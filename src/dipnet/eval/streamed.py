@@ -28,7 +28,7 @@ from dipnet.eval.sweep import (
 from dipnet.methods.base import Method
 from dipnet.models.attach import usage
 from dipnet.models.families import describe
-from dipnet.streaming.attach import streamed
+from dipnet.streaming.attach import natively_streamed, streamed
 from dipnet.streaming.budget import cached_names, size_text
 from dipnet.streaming.load import load, stats
 
@@ -118,7 +118,7 @@ def _row(
 
 def _use(model: PreTrainedModel) -> StoreUse:
     """What the counts of the sites that may be streamed mean for a token that is decoded."""
-    attached, counted = streamed(model), stats(model)
+    attached, counted = natively_streamed(model), stats(model)
     index = attached.engine.index
     missed = wanted = 0.0
     names = cached_names(index)

@@ -213,7 +213,13 @@ def measure(
 
 
 def resolved_parameters(method: Method, spec: ModelSpec) -> dict[str, Any]:
-    """What a method was set to: its plain fields, and the unit densities its sites aim at."""
+    """What a method was set to: its plain fields, and the unit densities that its sites aim at, in
+    the mean over the layers that have them.
+    """
     values = {field.name: getattr(method, field.name) for field in fields(method)}
     plain = {name: value for name, value in values.items() if isinstance(value, float | int | str)}
-    return {**plain, "site_densities": {s.name: s.density for s in method.sites(spec)}}
+    densities: dict[str, list[float]] = {}
+    for site in method.sites(spec):
+        densities.setdefault(site.name, []).append(site.density)
+    means = {name: sum(values) / len(values) for name, values in densities.items()}
+    return {**plain, "site_densities": means}

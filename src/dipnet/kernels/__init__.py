@@ -50,8 +50,8 @@ def cache_aware_topk(
     _check_scores(scores, k)
     if resident.dtype != torch.bool or resident.shape not in (scores.shape[-1:], scores.shape):
         raise InputError(
-            f"resident must be bool of shape {tuple(scores.shape[-1:])}, not {resident.dtype} of "
-            f"shape {tuple(resident.shape)}"
+            f"resident must be bool of shape {tuple(scores.shape[-1:])} or that of the scores, not "
+            f"{resident.dtype} of shape {tuple(resident.shape)}"
         )
     if not 0 < gamma <= 1:
         raise InputError(f"gamma must be in (0, 1], not {gamma!r}")

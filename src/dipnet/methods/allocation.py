@@ -137,6 +137,9 @@ class Allocation(BaseModel):
                 f"points.{point.density:g}: the sites read {found:.4f} of their weights"
             )
 
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the sites, in the file's order."""

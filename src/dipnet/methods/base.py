@@ -111,8 +111,8 @@ class Method(ABC):
     def select(self, site: Site, scores: Tensor, resident: Tensor | None = None) -> Tensor:
         """(..., units) scores -> (..., units) bool, True where a unit is kept.
 
-        ``resident`` is a (units,) bool of the units whose weights are in memory, None when all
-        are; only a method that prefers them reads it.
+        ``resident`` is a (units,) bool of the units whose weights are in memory, or (..., units)
+        where every row has its own, None when all are; only a method that prefers them reads it.
         """
 
     def prepare(self, weights: Weights, spec: ModelSpec) -> Self:

@@ -231,6 +231,14 @@ def streamed(model: PreTrainedModel) -> Loaded:
     return attached
 
 
+def natively_streamed(model: PreTrainedModel) -> Streamed:
+    """`streamed` of a model whose records the native engine reads; InputError on a GPU."""
+    attached = streamed(model)
+    if not isinstance(attached, Streamed):
+        raise InputError("the model is on a GPU: load it with device='cpu' for this")
+    return attached
+
+
 def _before_attention(
     ahead: LookAhead, norm: nn.Module, _layer: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ def make_cache(
         raise InputError(f"slots must be between 0 and units = {units}, not {slots}")
     if units > MOST_UNITS:
         raise InputError(f"a cache on a GPU has {MOST_UNITS} units at most, not {units}")
-    ints = {"dtype": torch.int32, "device": device}
+    ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
     made = UnitCache(
         slots,
         policy,
