@@ -76,15 +76,15 @@ class Row:
         return self.limit_seconds / self.median
 
 
-def skeleton(layers: int, size: int) -> PreTrainedModel:
-    """Llama-3-8B without its matrices; ``size`` divides every width."""
+def skeleton(layers: int) -> PreTrainedModel:
+    """Llama-3-8B without its matrices."""
     config = transformers.LlamaConfig(
-        vocab_size=128256 // size,
-        hidden_size=4096 // size,
-        intermediate_size=14336 // size,
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
         num_hidden_layers=layers,
-        num_attention_heads=32 // size,
-        num_key_value_heads=8 // size,
+        num_attention_heads=32,
+        num_key_value_heads=8,
         max_position_embeddings=8192,
         rope_theta=500000.0,
         eos_token_id=None,
@@ -113,9 +113,9 @@ def random_records(group: Group, weights: Weights, device: torch.device) -> Reco
 class Subject:
     """The random model: its records are made once, its caches for every setting anew."""
 
-    def __init__(self, layers: int, weights: Weights, size: int, device: torch.device) -> None:
-        self.layers, self.size, self.device = layers, size, device
-        model = skeleton(layers, size)
+    def __init__(self, layers: int, weights: Weights, device: torch.device) -> None:
+        self.layers, self.device = layers, device
+        model = skeleton(layers)
         decoder = Decoder(model)
         head = model.get_output_embeddings()
         shape = head.out_features, head.in_features
@@ -136,15 +136,14 @@ class Subject:
         self.records = [random_records(group, weights, device) for group in groups]
         self.table = torch.empty(shape, dtype=torch.bfloat16).normal_()
 
-    def load(self, method: Method, share: float, memory: int | None) -> PreTrainedModel:
-        """The model with caches of a share of the MLP, or inside a limit."""
-        model = skeleton(self.layers, self.size)
+    def load(self, method: Method, memory: int) -> PreTrainedModel:
+        """The model inside a limit."""
+        model = skeleton(self.layers)
         decoder = Decoder(model)
         fitted = fitted_method(method, self.index, decoder.spec)
         table = HostEmbedding(self.table, 1.0, torch.bfloat16, self.device)
         model.get_decoder().embed_tokens = table
-        cache = None if memory else int(share * self.mlp_bytes)
-        bounds = Bounds(self.device, memory, cache, CONTEXT, "lfu", "wanted")
+        bounds = Bounds(self.device, memory, None, CONTEXT, "lfu", "wanted")
         return place(self.index, self.records.__getitem__, decoder, fitted, "dense", bounds)
 
     def unit_bytes(self, name: str) -> int:
@@ -159,7 +158,7 @@ class Subject:
 
     def limit(self, method: Method, share: float) -> int:
         """The limit that leaves a share of the MLP for the caches."""
-        model = skeleton(self.layers, self.size)
+        model = skeleton(self.layers)
         decoder = Decoder(model)
         fitted = fitted_method(method, self.index, decoder.spec)
         choices: Any = {
@@ -229,7 +228,7 @@ def measure(subject: Subject, name: str, share: float, new: int, rounds: int) ->
     gc.collect()  # the model before
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(DEVICE).total_memory
-    model = subject.load(method, share, memory)
+    model = subject.load(method, memory)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.set_per_process_memory_fraction(min(1.0, memory / total))
@@ -286,7 +285,7 @@ def main() -> None:
     args = parser.parse_args()
     need_gpu()
     torch.manual_seed(0)
-    subject = Subject(args.layers, args.weights, 1, DEVICE)
+    subject = Subject(args.layers, args.weights, DEVICE)
     link, hbm = link_bandwidths(subject), read_bandwidth()
     torch.cuda.empty_cache()
     rates = {**link, "HBM": hbm}

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+from gpu_timing import need_gpu, read_bandwidth
 from timing import json_line, percent, print_table
 from transformers import PreTrainedModel
 
@@ -142,21 +143,6 @@ class Row:
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
-
-
-def read_bandwidth(size: int = 1 << 33, tries: int = 10) -> float:
-    """Bytes per second of a large sum: the median of some."""
-    values = torch.ones(size // 4, dtype=torch.float32, device="cuda")
-    values.sum()
-    rates = []
-    for _ in range(tries):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        values.sum()
-        end.record()
-        end.synchronize()
-        rates.append(size / begin.elapsed_time(end) * 1000)
-    return statistics.median(rates)
 
 
 def put_int4(model: PreTrainedModel) -> PreTrainedModel:
@@ -285,6 +271,7 @@ def main() -> None:
         and setting.how not in args.without
         and any(part in setting.name for part in args.only or [""])
     ]
+    need_gpu()
     torch.manual_seed(0)
     bandwidth = read_bandwidth()
     print(f"read bandwidth {bandwidth / 1e9:.0f} GB/s", flush=True)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from gpu_timing import need_gpu
 from timing import json_line, print_table
 from torch import Tensor
 from torch.nn import functional
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
+    need_gpu()
     rows = []
     for name in args.model or MODELS:
         loaded = dipnet.load_model(name, device="cuda", dtype=args.dtype)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from dipnet.errors import InputError
@@ -68,7 +69,7 @@ def _reserve(
 ) -> None:
     cache = kwargs.get("past_key_values")
     if strict and kwargs.get("use_cache") is not False:
-        _check_room(reserve, cache, args, kwargs)
+        _check_call(reserve, cache, args, kwargs)
     if not isinstance(cache, DynamicCache) or cache.get_seq_length():
         return
     if cache.layer_class_to_replicate is DynamicLayer:
@@ -78,15 +79,28 @@ def _reserve(
             cache.layers[at] = ReservedLayer(reserve)
 
 
-def _check_room(reserve: int, cache: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+def _check_call(reserve: int, cache: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     inputs = kwargs.get("input_ids", args[0] if args else None)
     inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
     if inputs is None:  # the decoder itself says what is missing
         return
     batch, new = inputs.shape[:2]
-    length = new + (cache.get_seq_length() if cache is not None else 0)
+    check_room(reserve, batch, new + (cache.get_seq_length() if cache is not None else 0))
+
+
+def check_room(reserve: int, batch: int, length: int) -> None:
+    """Raise InputError when ``batch`` sequences of ``length`` tokens need more than ``reserve``."""
     if batch * length > reserve:
         raise InputError(
             f"{batch} x {length} tokens need more memory for keys and values than the {reserve} "
-            "tokens that the budget was divided for: load the model with a larger context"
+            "tokens that the budget was divided for: ask for fewer tokens, or load the model with "
+            "a larger context"
         )
+
+
+def key_numbers(model: PreTrainedModel) -> int:
+    """Numbers of a token's keys and values, in all layers."""
+    config: Any = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * size)

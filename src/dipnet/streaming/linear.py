@@ -1,24 +1,23 @@
-"""The modules that take the place of a model's linear layers and of its token embedding.
+"""The modules that take the place of a model's linear layers, and the products behind them.
 
-Matrices that share an input share records: the first of them that is called computes all, and the
-others take their rows.
+Matrices that share an input share records.
 """
 
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dipnet.methods.base import Method
 from dipnet.models.caching import SiteCache
 from dipnet.models.masks import SiteMasks
 from dipnet.models.residual import Residual
+from dipnet.models.shared_product import SharedLinear, SharedProduct
 from dipnet.models.tokens import TokenState
 from dipnet.models.usage import Usage
 from dipnet.store.index import Group
@@ -111,31 +110,14 @@ class Flags:
         return Flags(*(None if f is None else f[start:stop] for f in (self.dense, self.counted)))
 
 
-class GroupProduct(ABC):
+class GroupProduct(SharedProduct):
     """The matrices of one group: (..., channels) -> (..., rows), from records."""
 
     def __init__(self, group: Group, tokens: TokenState) -> None:
+        super().__init__()
         self.group = group
         self.key: Key = group.key
         self.tokens = tokens
-        self._input: Tensor | None = None
-        self._output: Tensor | None = None
-        self._takers = 0
-
-    @abstractmethod
-    def product(self, x: Tensor) -> Tensor:
-        """(..., channels) -> (..., rows)."""
-
-    def rows(self, x: Tensor, rows: slice, takers: int) -> Tensor:
-        """Some rows of the product with ``x``; ``takers`` calls with one input share a product."""
-        if self._input is not x or self._output is None:
-            self._input, self._takers = x, takers
-            self._output = self.product(x)
-        made = self._output[..., rows]
-        self._takers -= 1
-        if self._takers == 0:
-            self._input = self._output = None
-        return made
 
 
 class RecordGroup(GroupProduct):
@@ -208,22 +190,12 @@ def _everything(units: int) -> Tensor:
     return torch.ones(TOKENS, units, dtype=torch.bool)
 
 
-class RecordLinear(nn.Module):
+class RecordLinear(SharedLinear):
     """Stands for a linear layer that holds one or more matrices of a group."""
 
     def __init__(self, group: GroupProduct, rows: slice, takers: int, bias: Tensor | None) -> None:
-        super().__init__()
+        super().__init__(group, group.group.channels, rows, takers, bias)
         self.group = group
-        self.rows = rows
-        self.takers = takers
-        self.in_features = group.group.channels
-        self.out_features = rows.stop - rows.start
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
-        made = self.group.rows(x, self.rows, self.takers)
-        return made if self.bias is None else made + self.bias
 
     def extra_repr(self) -> str:
         """What ``print(model)`` says of it."""

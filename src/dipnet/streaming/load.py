@@ -31,7 +31,7 @@ from dipnet.streaming.engine import Engine, Reader, frames_size
 from dipnet.streaming.filling import empty_model, fill
 from dipnet.streaming.gpu.load import Bounds, check_gpu, on_device
 from dipnet.streaming.gpu.resident import resident
-from dipnet.streaming.keys import reserve_keys
+from dipnet.streaming.keys import key_numbers, reserve_keys
 from dipnet.streaming.linear import TOKENS
 from dipnet.streaming.methods import densities, fitted_method, unit_for
 from dipnet.streaming.packed import Progress, store_of
@@ -104,6 +104,7 @@ def load(
         planned.check_store(index, path)
     check_rest(folder, index)
     if gpu is not None and not bounds:
+        _check_context(how.context, index.context)
         return resident(folder, index, how.method, prefill, gpu)
     model, scales = _skeleton(folder)
     decoder = Decoder(model)
@@ -153,15 +154,12 @@ def reset_stats(model: PreTrainedModel) -> None:
 
 def needs(index: Index, model: PreTrainedModel, reader: Reader, tokens: int) -> Needs:
     """The memory that a store's model takes beside its caches, for sequences of ``tokens``."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Needs(
         process=process_bytes(),
         peak=process_bytes("VmHWM"),
         pinned=pinned_bytes(index),
         frames=frames_size(index, reader),
-        keys=2 * index.layers * heads * size * 4 * tokens,
+        keys=4 * key_numbers(model) * tokens,
         work=_work(index, tokens),
     )
 
@@ -197,9 +195,14 @@ def measured_needs(path: str | Path, context: int | None = None) -> Needs:
 
 def _context(model: PreTrainedModel, asked: int | None) -> int:
     longest = context_length(model)
-    if asked is not None and not 1 <= asked <= longest:
-        raise InputError(f"context must be between 1 and the model's {longest}, got {asked}")
+    _check_context(asked, longest)
     return asked or min(longest, DEFAULT_CONTEXT)
+
+
+def _check_context(asked: int | None, longest: int) -> None:
+    """Raise InputError for a context that is no number of a model's tokens."""
+    if asked is not None and not (isinstance(asked, int) and 1 <= asked <= longest):
+        raise InputError(f"context must be between 1 and the model's {longest}, got {asked!r}")
 
 
 def _skeleton(folder: Path) -> tuple[PreTrainedModel, dict[str, Tensor]]:

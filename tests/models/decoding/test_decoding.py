@@ -136,6 +136,7 @@ def test_streams() -> None:
         {"return_dict_in_generate": True},
         {"prompt_lookup_num_tokens": 2},
         {"max_time": 100.0},
+        {"position_ids": 3 * torch.arange(6, device=DEVICE)[None]},
     ],
 )
 def test_hugging_face_does_the_rest(options: dict[str, Any]) -> None:

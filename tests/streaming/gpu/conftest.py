@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dipnet.kernels import steps
-from dipnet.kernels.gpu import cache, choice
+from dipnet.kernels.gpu import choice
 from tests.streaming.conftest import one_thread, stores  # noqa: F401
 
 
@@ -15,5 +15,5 @@ from tests.streaming.conftest import one_thread, stores  # noqa: F401
 def _served(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU the references compute, whatever could interpret the kernels."""
     if not torch.cuda.is_available():
-        for module in (cache, choice, steps):
+        for module in (choice, steps):
             monkeypatch.setattr(module, "why_not", lambda *_: "is not asked for here")

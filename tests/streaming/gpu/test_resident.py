@@ -201,6 +201,32 @@ def test_methods_that_need_other_records(stores: Stores) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_columns_of_whole_neurons(stores: Stores) -> None:
+    """Masks over the MLP's input run by the reference; the kernels have no columns to skip."""
+    store, ids = stores("llama", "int8", unit="neuron"), prompts(1)[0]
+    model, dense, method = loaded(store, None), of_store(store, "llama"), dipnet.DIP(0.5)
+    dipnet.restore(model)
+    with pytest.raises(BackendError, match=r"columns of weights at mlp\.in, and .* neurons"):
+        dipnet.sparsify(model, method, backend="gpu")
+    with (
+        torch.no_grad(),
+        dipnet.sparsify(model, method, backend="reference"),
+        dipnet.sparsify(dense, method, backend="reference"),
+    ):
+        torch.testing.assert_close(model(ids).logits, dense(ids).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("context", [0, 65, "8"])
+def test_a_context_that_is_none(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch, context: Any
+) -> None:
+    """It is not needed here, and an error as on a CPU."""
+    monkeypatch.setattr(load, "check_gpu", lambda _: DEVICE)
+    for bounds in ({}, {"cache": "10KB"}):
+        with pytest.raises(InputError, match="context must be between 1 and the model's 64, got"):
+            dipnet.load(stores("llama", "int4"), device="cuda", context=context, **bounds)
+
+
 def test_no_memory(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -21,7 +21,7 @@ from torch import Tensor
 from dipnet.errors import InputError
 from dipnet.kernels.gpu import ops
 from dipnet.kernels.gpu.reference import ACTIVATIONS
-from dipnet.kernels.gpu.weights import FLOATS, Weight
+from dipnet.kernels.gpu.weights import FLOATS, Weight, shape_text
 
 __all__ = [
     "ACTIVATIONS",
@@ -81,7 +81,9 @@ def threshold_indices(
     """
     _check_scores(x, 0, None)
     if threshold.shape != (1,) or threshold.dtype != torch.float32:
-        raise InputError(f"threshold must be torch.float32 of shape (1,), not {_what(threshold)}")
+        raise InputError(
+            f"threshold must be torch.float32 of shape (1,), not {shape_text(threshold)}"
+        )
     return ops.threshold_indices(x, threshold, magnitude, backend)
 
 
@@ -91,7 +93,7 @@ def union_indices(mask: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tenso
     The units that no row keeps are behind them, so that anything can be gathered with the list.
     """
     if mask.dim() != 2 or mask.dtype != torch.bool:
-        raise InputError(f"mask must be torch.bool of shape (batch, n), not {_what(mask)}")
+        raise InputError(f"mask must be torch.bool of shape (batch, n), not {shape_text(mask)}")
     return ops.union_indices(mask, backend)
 
 
@@ -203,8 +205,8 @@ def _pair(gate: Weight | Tensor, up: Weight | Tensor, activation: str) -> tuple[
         != (up.data.shape, up.data.stride(), up.data.dtype)
     ):
         raise InputError(
-            f"gate and up must be of one kind, shape and stride, not {_what(gate.data)} and "
-            f"{_what(up.data)}"
+            f"gate and up must be of one kind, shape and stride, not {shape_text(gate.data)} and "
+            f"{shape_text(up.data)}"
         )
     return gate, up
 
@@ -217,12 +219,12 @@ def _check_activation(activation: str) -> None:
 
 def _check_scores(scores: Tensor, k: int, factor: Tensor | None) -> None:
     if scores.dim() != 2 or not scores.is_floating_point():
-        raise InputError(f"scores must be floating of shape (batch, n), not {_what(scores)}")
+        raise InputError(f"scores must be floating of shape (batch, n), not {shape_text(scores)}")
     n = scores.shape[1]
     if not 0 <= k <= n:
         raise InputError(f"k must be between 0 and n = {n}, not {k}")
     if factor is not None and (factor.shape != (n,) or factor.dtype != torch.float32):
-        raise InputError(f"factor must be torch.float32 of shape ({n},), not {_what(factor)}")
+        raise InputError(f"factor must be torch.float32 of shape ({n},), not {shape_text(factor)}")
 
 
 def _check_product(
@@ -230,25 +232,21 @@ def _check_product(
 ) -> None:
     weight.check()
     if x.dim() != 2 or x.shape[1] != channels or x.dtype not in FLOATS:
-        raise InputError(f"x must be floating of shape (batch, {channels}), not {_what(x)}")
+        raise InputError(f"x must be floating of shape (batch, {channels}), not {shape_text(x)}")
     own = index.dim() == 2 and len(index) == len(x)
     shared = index.dim() == 1 and len(x) <= MOST_SHARING
     if index.dtype != torch.int32 or not (own or shared):
         raise InputError(
             f"index must be torch.int32 of shape ({len(x)}, k), or (k,) for up to {MOST_SHARING} "
-            f"rows of x, not {_what(index)} for {len(x)} rows"
+            f"rows of x, not {shape_text(index)} for {len(x)} rows"
         )
     lists = len(index) if own else 1
     if count is not None and (count.dtype != torch.int32 or count.shape != (lists,)):
-        raise InputError(f"count must be torch.int32 of shape ({lists},), not {_what(count)}")
+        raise InputError(f"count must be torch.int32 of shape ({lists},), not {shape_text(count)}")
     if block < 1 or weight.units % block:
         raise InputError(f"blocks of {block} do not divide the {weight.units} units of the weight")
 
 
 def _check_added(name: str, added: Tensor | None, shape: tuple[int, ...]) -> None:
     if added is not None and (added.shape != shape or not added.is_floating_point()):
-        raise InputError(f"{name} must be floating of shape {shape}, not {_what(added)}")
-
-
-def _what(tensor: Tensor) -> str:
-    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+        raise InputError(f"{name} must be floating of shape {shape}, not {shape_text(added)}")

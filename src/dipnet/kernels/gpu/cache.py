@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dipnet.errors import BackendError, InputError
+from dipnet.errors import InputError
 from dipnet.kernels.gpu import cache_reference
-from dipnet.kernels.gpu.choice import BACKENDS, why_not
+from dipnet.kernels.gpu.choice import kernels_serve
+from dipnet.kernels.gpu.weights import shape_text
 
 MOST_UNITS = 1 << 16
 """Units of a cache: their numbers take 16 bits while they are counted."""
@@ -120,7 +121,7 @@ def access(
     """
     if wanted.shape != cache.slot_of.shape or wanted.dtype != torch.bool:
         raise InputError(
-            f"wanted must be torch.bool of shape ({cache.units},), not {_what(wanted)}"
+            f"wanted must be torch.bool of shape ({cache.units},), not {shape_text(wanted)}"
         )
     kernels = _serving(backend, wanted, cache.slot_of)
     made: Places = Places(*kernels.access(cache, wanted.contiguous(), alive, first, past, most))
@@ -147,28 +148,17 @@ def fetch(
     """
     if source.shape[1:] != into.shape[1:] or source.shape[1] % 4:
         raise InputError(
-            f"records must be of one size, a multiple of 4 bytes, not {_what(source)} and "
-            f"{_what(into)}"
+            f"records must be of one size, a multiple of 4 bytes, not {shape_text(source)} and "
+            f"{shape_text(into)}"
         )
     kernels = _serving(backend, units, into)
     kernels.fetch(source, units, rows, count, into, scales)
 
 
 def _serving(backend: str, *tensors: Tensor) -> ModuleType:
-    """The module that serves a call, as in `choice.serving`."""
-    if backend not in BACKENDS:
-        raise BackendError(f"no backend {backend!r}; there are: {', '.join(BACKENDS)}")
-    if backend == "reference":
+    """The module that serves a call with these tensors."""
+    if not kernels_serve(backend, *tensors):
         return cache_reference
-    reason = why_not(*tensors)
-    if reason is None:
-        from dipnet.kernels.gpu import cache_kernels  # it imports triton
+    from dipnet.kernels.gpu import cache_kernels  # it imports triton
 
-        return cache_kernels
-    if backend == "gpu":
-        raise BackendError(f"backend 'gpu' {reason}; there are: {', '.join(BACKENDS)}")
-    return cache_reference
-
-
-def _what(tensor: Tensor) -> str:
-    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+    return cache_kernels

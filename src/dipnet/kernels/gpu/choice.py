@@ -26,7 +26,12 @@ SERVED = (*FLOATS, torch.int32, torch.uint8, torch.bool)
 
 
 def serving(backend: str, *tensors: Tensor | None, units: int = 0) -> ModuleType:
-    """The module that serves a call with these tensors, or a selection among ``units``.
+    """The module that serves a call with these tensors, or a selection among ``units``."""
+    return launch if kernels_serve(backend, *tensors, units=units) else reference
+
+
+def kernels_serve(backend: str, *tensors: Tensor | None, units: int = 0) -> bool:
+    """Whether the kernels serve a call with these tensors, and plain torch does not.
 
     Raises BackendError when the backend is unknown, or is "gpu" and cannot. "auto" takes plain
     torch then, and says so once where there is a GPU that one could expect to be used.
@@ -34,15 +39,15 @@ def serving(backend: str, *tensors: Tensor | None, units: int = 0) -> ModuleType
     if backend not in BACKENDS:
         raise BackendError(f"no backend {backend!r}; there are: {', '.join(BACKENDS)}")
     if backend == "reference":
-        return reference
+        return False
     reason = why_not(*tensors) or why_not_units(units)
     if reason is None:
-        return launch
+        return True
     if backend == "gpu":
         raise BackendError(f"backend 'gpu' {reason}; there are: {', '.join(BACKENDS)}")
     if any(tensor is not None and tensor.is_cuda for tensor in tensors):
         _warn(reason)
-    return reference
+    return False
 
 
 def why_not(*tensors: Tensor | None) -> str | None:

@@ -24,10 +24,10 @@ def sums_of_parts(
     if parts == 1:
         return None, None
     partial = out.new_empty(parts * matrices * out.numel(), dtype=torch.float32)
-    return partial, _counters(out, tiles * len(out))
+    return partial, counters(out, tiles * len(out))
 
 
-def _counters(like: Tensor, count: int) -> Tensor:
+def counters(like: Tensor, count: int) -> Tensor:
     """(count or more,) int32 zeros, which a kernel leaves at 0.
 
     The counters of a stream serve its kernels one after another. A kernel in a CUDA graph, which

@@ -62,7 +62,7 @@ class Weight(NamedTuple):
             fits = self.data.dtype == torch.uint8 and self.data.shape[1:] == (stride,)
             fits = fits and self._rows_lie_dense()
         if not fits:
-            found = f"{self.data.dtype} of shape {tuple(self.data.shape)}"
+            found = shape_text(self.data)
             raise InputError(f"weights of kind {self.kind!r} must be {wanted}, not {found}")
         self._check_scales()
 
@@ -93,3 +93,8 @@ class Weight(NamedTuple):
             steps = self.scales[index].reshape(-1, 1) * multipliers
             numbers = levels.float() * steps.repeat_interleave(reference.GROUP, dim=1)
         return numbers[:, : self.width].reshape(*index.shape, self.width)
+
+
+def shape_text(tensor: Tensor) -> str:
+    """The dtype and the shape of a tensor, for messages."""
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"

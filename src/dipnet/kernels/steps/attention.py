@@ -10,14 +10,13 @@ Where heads are skipped a program has one head that is used, and their keys and 
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dipnet.kernels.gpu.common import after_previous
+from dipnet.kernels.gpu.sums import counters
 from dipnet.kernels.steps.launch import overlapping
 from dipnet.kernels.steps.shapes import Heads, Rows, UsedHeads
 
@@ -251,7 +250,7 @@ def attend(
         rows.padding,
         out,
         found,
-        _counters(batch * units, qkv.device),
+        counters(qkv, batch * units),
         heads.scale,
         _epsilon(heads),
         length * size,
@@ -275,12 +274,6 @@ def attend(
 
 def _bytes(flags: Tensor | None) -> Tensor | None:
     return None if flags is None else flags.view(torch.uint8)
-
-
-@cache
-def _counters(units: int, device: torch.device) -> Tensor:
-    """Programs of each unit that have finished: zero between launches."""
-    return torch.zeros(units, dtype=torch.int32, device=device)
 
 
 def _rotary(rotation: tuple[Tensor, Tensor] | None) -> int:

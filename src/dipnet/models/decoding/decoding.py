@@ -204,7 +204,7 @@ def is_packed(decoder: Decoder) -> bool:
 
 
 def _why_not_rows(decoder: Decoder, sites: Sequence[Site]) -> str | None:
-    """Columns of input channels hold no rows of outputs."""
+    """Columns hold no rows of outputs, and records of neurons no columns of gate and up."""
     whole = is_packed(decoder) and isinstance(decoder.holder(0, "up").packed, PackedRows)
     for site in sites if is_packed(decoder) else ():
         if whole and site.name == "mlp.neuron" and site.scored_on == "residual":
@@ -214,6 +214,8 @@ def _why_not_rows(decoder: Decoder, sites: Sequence[Site]) -> str | None:
                 f"needs rows of weights where {site.scored_on} decides {site.name}, and a packed "
                 "model holds columns"
             )
+        if whole and site.name == "mlp.in":
+            return f"needs columns of weights at {site.name}, and this model holds whole neurons"
     return None
 
 

@@ -63,6 +63,8 @@ def why_not(
         return "begins with an empty cache"
     if mask is not None and not _padded_in_front(mask, input_ids):
         return "reads prompts that are padded in front, if at all"
+    if not _in_order(options.get("position_ids"), mask, input_ids):
+        return "reads tokens at the positions that follow from the padding"
     return None
 
 
@@ -78,6 +80,21 @@ def _padded_in_front(mask: Tensor, input_ids: Tensor) -> bool:
 def _padding(mask: Tensor) -> Tensor:
     """(batch, n) attention mask -> (batch,) int64 columns of padding."""
     return (~mask.bool()).sum(dim=1)
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """(batch, n) attention mask -> (batch, n) int64 places of the tokens; 0 for padding."""
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def _in_order(positions: Tensor | None, mask: Tensor | None, input_ids: Tensor) -> bool:
+    """Whether given positions, if any, are those that tokens have by themselves."""
+    if positions is None:
+        return True
+    if positions.shape[-1:] != input_ids.shape[-1:]:
+        return False
+    tokens = torch.ones_like(input_ids) if mask is None else mask
+    return bool(((positions == _positions(tokens)) | (tokens == 0)).all())
 
 
 def decode(model: Any, replay: Replay, input_ids: Tensor, call: Call) -> Tensor:
@@ -112,8 +129,7 @@ def _prompt(model: Any, replay: Replay, input_ids: Tensor, options: Mapping[str,
     mask, padding = options.get("attention_mask"), None
     if mask is not None and not bool(mask.all()):
         padding = _padding(mask)
-        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        given |= {"attention_mask": mask, "position_ids": positions}
+        given |= {"attention_mask": mask, "position_ids": _positions(mask)}
     past = replay.begin()
     made = model(input_ids=input_ids, past_key_values=past, use_cache=True, **given)
     replay.prompt_ended(input_ids.shape[1], padding)

@@ -1,29 +1,29 @@
 """Linear layers whose weights are a store's records, in the memory of a GPU as they are on disk.
 
-Matrices that share an input share records: the first of them that is called computes all, and the
-others take their rows. What is kept is read by the kernels; a prompt's product unpacks a piece of
-the records at a time.
+Matrices that share an input share records. What is kept is read by the kernels; a prompt's product
+unpacks a piece of the records at a time.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dipnet.kernels import gpu
 from dipnet.models.decoding.sharing import MOST_ROWS
 from dipnet.models.decoding.stacked import Stacked
 from dipnet.models.families import Decoder
+from dipnet.models.shared_product import SharedLinear, SharedProduct
 
 PIECE = 1 << 25
 """Weights that are unpacked at a time."""
 
 
-class Packed(ABC):
+class Packed(SharedProduct):
     """Matrices of one group: (..., inputs) -> (..., outputs) of all of them, side by side.
 
     ``weights`` are one with all matrices in its columns, or one for each; ``inputs`` are the
@@ -31,24 +31,11 @@ class Packed(ABC):
     """
 
     def __init__(self, weights: Sequence[gpu.Weight], inputs: int) -> None:
+        super().__init__()
         self.weights = tuple(weights)
         self.inputs = inputs
         first = self.weights[0]
         self.everything = torch.arange(first.units, dtype=torch.int32, device=first.data.device)
-        self._input: Tensor | None = None
-        self._made: Tensor | None = None
-        self._takers = 0
-
-    def rows(self, x: Tensor, rows: slice, takers: int) -> Tensor:
-        """Some rows of the product with ``x``; ``takers`` calls with one input share a product."""
-        if self._input is not x or self._made is None:
-            self._input, self._takers = x, takers
-            self._made = self.product(x)
-        made = self._made[..., rows]
-        self._takers -= 1
-        if self._takers == 0:
-            self._input = self._made = None
-        return made
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., inputs) -> (..., outputs): all weights are read."""
@@ -107,20 +94,12 @@ class PackedRows(Packed):
         return torch.cat(made, dim=1)
 
 
-class PackedLinear(nn.Module):
-    """Stands for a linear layer that holds some of a group's outputs.
-
-    ``takers`` linear layers share an input and the records.
-    """
+class PackedLinear(SharedLinear):
+    """Stands for a linear layer that holds some of a group's outputs."""
 
     def __init__(self, packed: Packed, rows: slice, takers: int, bias: Tensor | None) -> None:
-        super().__init__()
+        super().__init__(packed, packed.inputs, rows, takers, bias)
         self.packed = packed
-        self.rows = rows
-        self.takers = takers
-        self.in_features = packed.inputs
-        self.out_features = rows.stop - rows.start
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @property
     def weight(self) -> Tensor:
@@ -131,11 +110,6 @@ class PackedLinear(nn.Module):
     def packed_weights(self) -> int:
         """Weights that it stands for."""
         return self.in_features * self.out_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
-        made = self.packed.rows(x, self.rows, self.takers)
-        return made if self.bias is None else made + self.bias
 
     def extra_repr(self) -> str:
         """What ``print(model)`` says of it."""

@@ -8,7 +8,6 @@ from typing import Any, cast
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from dipnet.errors import InputError
 from dipnet.methods.base import Method
 from dipnet.models.attach import ATTACHED, sample
 from dipnet.models.caching import CacheState
@@ -24,6 +23,7 @@ from dipnet.streaming.engine import Key
 from dipnet.streaming.gpu.blocks import StoredBlock
 from dipnet.streaming.gpu.groups import CachedGroup, DeviceGroup, Running
 from dipnet.streaming.gpu.usage import DeviceRecorder, DeviceUsage
+from dipnet.streaming.keys import check_room
 
 
 class StoredDecoding(Decoding):
@@ -89,12 +89,8 @@ class StoredDecoding(Decoding):
     ) -> Tensor | None:
         """Continue (batch, n) tokens with our decode loop; None where it does not serve that."""
         longest = stopping_criteria.max_length
-        if self.limited and longest is not None and len(input_ids) * longest > self.context:
-            raise InputError(
-                f"{len(input_ids)} x {longest} tokens need more memory for keys and values than "
-                f"the {self.context} tokens that the budget was divided for: ask for fewer new "
-                "tokens, or load the model with a larger context"
-            )
+        if self.limited and longest is not None:
+            check_room(self.context, len(input_ids), longest)
         with self.recorder.loop():
             return super().sample(
                 model,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -16,6 +15,7 @@ from dipnet.streaming.budget import CACHED, size_text
 from dipnet.streaming.engine import Key
 from dipnet.streaming.gpu.choices import SiteChoice
 from dipnet.streaming.gpu.groups import DECODED_BYTES
+from dipnet.streaming.keys import key_numbers
 
 MARGIN = 192 << 20
 """What kernels, graphs and PyTorch's allocator may still take."""
@@ -50,16 +50,16 @@ class DeviceNeeds:
         streamed = [group for group in index.groups if group.name in CACHED]
         held = sum(g.channels * g.stride for g in index.groups if g.name not in CACHED)
         tables = sum(4 * g.channels + 16 * g.units for g in index.groups)
-        past = {g.name: most_wanted(g, choices.get(g.key)) * g.record_bytes for g in streamed}
-        config: Any = model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        each = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        past: dict[str, int] = {}  # layers share the room, and may want different numbers
+        for group in streamed:
+            needed = most_wanted(group, choices.get(group.key)) * group.record_bytes
+            past[group.name] = max(needed, past.get(group.name, 0))
         rows = max(g.rows for g in index.groups if g.layer is not None)
         others = sum(size * p.numel() for p in model.parameters() if not p.is_meta)
         return cls(
             held=held + tables + others,
             past=sum(past.values()),
-            keys=2 * index.layers * heads * each * size * round_up(context, LENGTHS),
+            keys=key_numbers(model) * size * round_up(context, LENGTHS),
             work=8 * DECODED_BYTES + context * (rows * (8 + 3 * size) + context * size),
         )
 

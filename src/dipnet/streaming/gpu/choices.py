@@ -37,8 +37,8 @@ class SiteChoice:
         of them are there.
         """
         factor = residency if self.gamma != 1 else None
+        if self.fixed is None:
+            return self.method.select(self.site, self.method.score(self.site, scored))[0]
         plain = self._plain and self.method.factor(self.site, scored.device) is None
         scores = scored if plain else self.method.score(self.site, scored)
-        if self.fixed is None:
-            return self.method.select(self.site, scores.abs().float() if plain else scores)[0]
         return gpu.topk_mask(scores, self.fixed, magnitude=plain, factor=factor)[0]

@@ -134,7 +134,7 @@ class HeldGroup(DeviceGroup):
         super().__init__(records.to(device), running, choice)
         self.weight = self.records.weight(self.records.columns, self.records.scales)
         channels = torch.arange(self.group.channels, dtype=torch.int32, device=device)
-        self._all = channels.repeat(MOST_ROWS, 1)
+        self._all = channels.expand(MOST_ROWS, -1)
 
     def step(self, x: Tensor) -> Tensor:
         """(rows, channels), a token of each sequence of a step -> (rows, outputs)."""
