@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -29,6 +30,13 @@ SHAPES = [
     (4, 2, 12, 6, 260, True),
 ]
 """Queries, groups, a head's size, its rotated channels, the cache's length, and norms of heads."""
+
+
+def batches(several: int) -> pytest.MarkDecorator:
+    """One row and several of each dtype; interpreted, which is slow, one of them of each."""
+    on_gpu = list(itertools.product((1, several), DTYPES))
+    cases = on_gpu if DEVICE.type == "cuda" else list(zip((1, several), DTYPES, strict=True))
+    return pytest.mark.parametrize(("batch", "dtype"), cases)
 
 
 def random(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -98,9 +106,8 @@ def used_heads(heads: Heads, batch: int, used: int) -> UsedHeads:
     return UsedHeads(torch.cat([index, room]), count, queries, most, wanted)
 
 
-@each_dtype
+@batches(3)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("batch", [1, 3])
 def test_attend(batch: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     queries, groups, size, _, length, _ = shape
     heads, rotation = heads_of(shape, dtype)
@@ -119,9 +126,8 @@ def test_attend(batch: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         close(steps.attend(made, rotation, *copies, rows, heads, used), wanted)
 
 
-@each_dtype
+@batches(2)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("batch", [1, 2])
 def test_complete(batch: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     _, groups, size, _, length, _ = shape
     heads, rotation = heads_of(shape, dtype)
