@@ -112,7 +112,8 @@ def kept(store: Path, budget: Budget, dense: float, windows: int) -> dict[str, A
     """What became of a budget's plans."""
     different = {(plan.method, plan.policy, plan.cache_split): plan for plan in budget.plans}
     increases = {
-        plan.method: perplexity(store, windows, plan) / dense - 1 for plan in different.values()
+        ", ".join(each): perplexity(store, windows, plan) / dense - 1
+        for each, plan in different.items()
     }
     bound = budget.plans[0].max_increase
     return {
@@ -133,7 +134,7 @@ def cells(budget: Budget, row: dict[str, Any]) -> tuple[str, ...]:
     """A line of the table."""
     return (
         named(budget),
-        " ".join(row["increases"]),
+        " ".join(dict.fromkeys(row["methods"])),
         percent(max(row["promised_increases"]), 2),
         percent(max(row["increases"].values()), 2),
         "yes" if row["inside"] else "NO",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dipnet.errors import InputError
-from dipnet.files import check_writable, make_folder, write_file
+from dipnet.files import check_writable, make_folder, whole_folder, write_file
 
 
 def test_writes_text_and_bytes(tmp_path: Path) -> None:
@@ -33,6 +33,27 @@ def test_an_interruption_leaves_the_old_file(
         write_file(file, "new")
     assert file.read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_an_interruption_leaves_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
+    with whole_folder(path) as folder:
+        (folder / "old").touch()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", interrupted)
+        with pytest.raises(KeyboardInterrupt), whole_folder(path) as folder:
+            (folder / "new").touch()
+    assert os.listdir(tmp_path) == ["a"]
+    assert os.listdir(path) == ["old"]
+    with whole_folder(path) as folder:
+        (folder / "new").touch()
+    assert os.listdir(path) == ["new"]
 
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,15 +60,38 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(_usual_mode())
+        temporary.chmod(_usual_mode(0o666))
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def _usual_mode() -> int:
-    """The permissions of a file that `open` makes: mkstemp's are for its owner only."""
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``path``, in the place of what is there, when it is whole.
+
+    It has a temporary name beside it until all its files are on the disk; an error or an
+    interruption removes it. Raises OSError when it cannot be made or kept.
+    """
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+        temporary.chmod(_usual_mode(0o777))
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _usual_mode(every: int) -> int:
+    """The permissions of what is made as usual: a temporary file's are for its owner only."""
     mask = os.umask(0)
     os.umask(mask)
-    return 0o666 & ~mask
+    return every & ~mask

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import dipnet
 from dipnet.adapt import adapters, adapting
-from dipnet.adapt.adapter_state import NAME
+from dipnet.adapt.adapter_state import STATE_NAME
 from dipnet.cache import CacheSettings
 from dipnet.errors import InputError
 from dipnet.models.caching import SiteCache
@@ -164,7 +164,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
             interrupted_at(step, patch)
             with pytest.raises(KeyboardInterrupt):
                 fit(model_of(), tmp_path / "parts", method, **settings)
-        assert [each.name for each in (tmp_path / "parts").iterdir()] == [NAME]
+        assert [each.name for each in (tmp_path / "parts").iterdir()] == [STATE_NAME]
     resumed = fit(model_of(), tmp_path / "parts", method, **settings)
     assert_same(tmp_path / "whole", tmp_path / "parts")
     assert resumed.card["history"] == whole.card["history"]
@@ -174,7 +174,7 @@ def test_the_state_is_no_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     interrupted_at(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         fit(model_of(), tmp_path)
-    with safe_open(tmp_path / NAME, framework="pt") as file:
+    with safe_open(tmp_path / STATE_NAME, framework="pt") as file:
         groups = {name.partition("/")[0] for name in file.keys()}  # noqa: SIM118
     assert groups == {"weights", "best", "exp_avg", "exp_avg_sq"}
 
@@ -214,7 +214,7 @@ def test_a_divergent_loss_keeps_the_last_good_state(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"not finite after .* was good, is kept") as one:
         fit(model_of(), tmp_path, steps=4, rate=1e6)
     assert "at a lower rate than 1e+06" in str(one.value)
-    assert [each.name for each in tmp_path.iterdir()] == [NAME]
+    assert [each.name for each in tmp_path.iterdir()] == [STATE_NAME]
     made = fit(model_of(), tmp_path, steps=4, rate=1e-3)
     assert made.card["history"][0][0] == 0
     assert made.card["history"][-1][0] == 4
@@ -295,7 +295,7 @@ def test_what_is_there_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         fit(model_of(), tmp_path / "out", rank=3)
     with pytest.raises(InputError, match="is of a training with another method"):
         fit(model_of(), tmp_path / "out", dipnet.DIP(0.4))
-    state = tmp_path / "out" / NAME
+    state = tmp_path / "out" / STATE_NAME
     whole = state.read_bytes()
     state.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="is damaged or no state of a training"):

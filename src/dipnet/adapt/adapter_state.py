@@ -27,11 +27,13 @@ from dipnet.errors import InputError
 from dipnet.files import make_folder, whole_file
 from dipnet.units import size_text
 
-NAME = "training.safetensors"
+STATE_NAME = "training.safetensors"
 FORMAT = "dipnet-adapters-training/1"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 STATES_HELD = 2
 """At a time: a state and the one that replaces it."""
+AGAIN = "make room and repeat the command"
+CONTINUE = f"{AGAIN}, it goes on where it stopped"
 
 
 @dataclass
@@ -80,7 +82,7 @@ class StateFile:
     """The state of one training in its folder; ``identity`` says which training it is."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        self.path = folder / NAME
+        self.path = folder / STATE_NAME
         self.identity = json.loads(json.dumps(identity))
 
     def write(self, state: State) -> None:
@@ -101,19 +103,14 @@ class StateFile:
             with safe_open(self.path, framework="pt", device=str(device)) as file:
                 said = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            identity, course = json.loads(said["identity"]), json.loads(said["course"])
-        except (SafetensorError, OSError, KeyError, ValueError):
+            identity, course = dict(json.loads(said["identity"])), json.loads(said["course"])
+            state = _state(tensors, course)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError):
             raise self._foreign("is damaged or no state of a training") from None
         for name, value in self.identity.items():
             if identity.get(name) != value:
                 raise self._foreign(f"is of a training with another {name}")
-        groups: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            group, _, key = name.partition("/")
-            groups.setdefault(group, {})[key] = tensor
-        history = [(step, loss, perplexity) for step, loss, perplexity in course.pop("history")]
-        weights, best = groups.pop("weights"), groups.pop("best")
-        return State(weights, best, groups, Course(**course, history=history))
+        return state
 
     def remove(self) -> None:
         """Forget the training: it is finished."""
@@ -126,9 +123,23 @@ class StateFile:
         )
 
 
+def _state(tensors: Mapping[str, Tensor], course: dict[str, Any]) -> State:
+    """From a file's tensors and what its metadata says of the course."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        group, _, key = name.partition("/")
+        groups.setdefault(group, {})[key] = tensor
+    history = [(step, loss, perplexity) for step, loss, perplexity in course.pop("history")]
+    weights, best = groups.pop("weights"), groups.pop("best")
+    return State(weights, best, groups, Course(**course, history=history))
+
+
 @contextmanager
-def write_errors(folder: Path) -> Iterator[None]:
-    """Turn what the system says of a folder that cannot be written into one line."""
+def write_errors(folder: Path, remedy: str = CONTINUE) -> Iterator[None]:
+    """Turn what the system says of a folder that cannot be written into one line.
+
+    ``remedy`` is for a disk that is full.
+    """
     make_folder(folder)
     try:
         yield
@@ -137,10 +148,7 @@ def write_errors(folder: Path) -> Iterator[None]:
         error = raised if isinstance(raised, OSError) else raised.__context__
         full = isinstance(error, OSError) and error.errno in FULL
         if full or os.strerror(errno.ENOSPC) in str(raised):
-            raise InputError(
-                f"no room is left for {folder}: make room and repeat the command, it goes on where "
-                "it stopped"
-            ) from None
+            raise InputError(f"no room is left for {folder}: {remedy}") from None
         if isinstance(raised, InputError):
             raise
         raise InputError(f"cannot write {folder}: {raised}") from None

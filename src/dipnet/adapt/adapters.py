@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -21,12 +20,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import dipnet
 from dipnet.adapt.adapter_settings import AdapterSettings
-from dipnet.adapt.adapter_state import STATES_HELD, StateFile, check_room, write_errors
+from dipnet.adapt.adapter_state import (
+    STATE_NAME,
+    STATES_HELD,
+    StateFile,
+    check_room,
+    write_errors,
+)
 from dipnet.adapt.adapting import Adapting, Progress
 from dipnet.adapt.calibration import check_window, whole_windows
 from dipnet.adapt.lora import AdaptedDecoder, Lora, check_peft
 from dipnet.errors import InputError
-from dipnet.files import write_file
+from dipnet.files import whole_folder, write_file
 from dipnet.methods.base import Method
 from dipnet.models.attach import check_dense
 from dipnet.models.families import default_window
@@ -160,6 +165,11 @@ def _check_absent(folder: Path) -> None:
         raise InputError(f"cannot write {folder}: it is a file; give a folder")
     if (folder / CARD_NAME).exists():
         raise InputError(f"{folder} holds finished adapters: remove it, or name another folder")
+    for name in (ADAPTER_FOLDER, MERGED_FOLDER):  # written while the state is still there
+        if (folder / name).exists() and not (folder / STATE_NAME).exists():
+            raise InputError(
+                f"{folder / name} is there and would be replaced: remove it, or name another folder"
+            )
 
 
 def _bytes_needed(model: PreTrainedModel, spec: ModelSpec, rank: int) -> int:
@@ -201,12 +211,9 @@ def _write(
 ) -> None:
     """The adapter, the merged checkpoint, the card: each under its name when it is whole."""
     with write_errors(folder):
-        unfinished = folder / f"{MERGED_FOLDER}.partial"
-        shutil.rmtree(unfinished, ignore_errors=True)
         lora.save_adapter(folder / ADAPTER_FOLDER)
-        lora.save_merged(unfinished)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(unfinished)
-        shutil.rmtree(folder / MERGED_FOLDER, ignore_errors=True)
-        unfinished.rename(folder / MERGED_FOLDER)
+        with whole_folder(folder / MERGED_FOLDER) as unfinished:
+            lora.save_merged(unfinished)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(unfinished)
         write_file(folder / CARD_NAME, json.dumps(card, indent=2) + "\n")

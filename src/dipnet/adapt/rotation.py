@@ -12,7 +12,6 @@ checkpoint, and no token reads more.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dipnet.adapt.adapter_state import write_errors
+from dipnet.adapt.adapter_state import AGAIN, write_errors
 from dipnet.adapt.calibration import TextCalibration
 from dipnet.errors import InputError
+from dipnet.files import whole_folder
 from dipnet.models.attach import check_dense
 from dipnet.models.families import Decoder, default_window
 
@@ -71,16 +71,9 @@ def rotate(
 
 def save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write a checkpoint to the new ``folder``, whole or not at all; InputError when that fails."""
-    unfinished = folder.with_name(f"{folder.name}.partial")
-    with write_errors(folder.absolute().parent):
-        try:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            model.save_pretrained(unfinished)
-            tokenizer.save_pretrained(unfinished)
-            unfinished.rename(folder)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
+    with write_errors(folder.absolute().parent, AGAIN), whole_folder(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
 
 
 def _basis(decoder: Decoder, windows: list[Tensor]) -> Tensor:
