@@ -14,7 +14,17 @@ import typer
 from dipnet.cli.console import err, note, out, print_json, quiet_libraries, titled_table
 from dipnet.cli.inputs import check_window, load, tokens_of
 from dipnet.cli.methods import parse_method
-from dipnet.cli.options import DENSITY_HELP, FLAG, METHOD_HELP, Device, Dtype, Json, Seed, Window
+from dipnet.cli.options import (
+    DENSITY_HELP,
+    FLAG,
+    METHOD_HELP,
+    Checkpoint,
+    Device,
+    Dtype,
+    Json,
+    Seed,
+    Window,
+)
 
 if TYPE_CHECKING:
     from dipnet.adapt.adapters import Adapters
@@ -40,14 +50,7 @@ def adapt(
         Path,
         typer.Option(metavar="FILE", help="Text to learn from; not the one to be measured on"),
     ],
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="Hub id, local folder, or a bundled model; default: demo-swiglu",
-            show_default=False,
-        ),
-    ] = None,
+    model: Checkpoint = None,
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = "dip",
     density: Annotated[
         float | None, typer.Option(help=f"{DENSITY_HELP}; default: 0.5", show_default=False)

@@ -13,7 +13,7 @@ import typer
 from dipnet.cli.console import err, note, out, print_json, quiet_libraries, titled_table
 from dipnet.cli.inputs import calibration_text, check_window, load
 from dipnet.cli.methods import parse_method, unique
-from dipnet.cli.options import FLAG, Densities, Device, Dtype, Json, Model, Seed, Window
+from dipnet.cli.options import FLAG, Checkpoint, Densities, Device, Dtype, Json, Seed, Window
 from dipnet.errors import InputError
 from dipnet.files import check_writable
 
@@ -53,7 +53,7 @@ class Kind(StrEnum):
 
 def fit_allocation(
     file: OutFile,
-    model: Model = None,
+    model: Checkpoint = None,
     text: LearnedText = None,
     method: Annotated[str, typer.Option(help="dip or wina, with options")] = "dip",
     density: Densities = None,
@@ -115,7 +115,7 @@ def fit_allocation(
 
 def fit_scores(
     file: OutFile,
-    model: Model = None,
+    model: Checkpoint = None,
     text: LearnedText = None,
     kind: Annotated[
         Kind, typer.Option(help="norm: of the columns; learned: from there, on a text")

@@ -12,7 +12,7 @@ import typer
 
 from dipnet.cli.console import err, note, out, print_json, quiet_libraries, titled_table
 from dipnet.cli.inputs import calibration_text, check_window, load
-from dipnet.cli.options import Device, Dtype, Json, Seed, Window
+from dipnet.cli.options import Checkpoint, Device, Dtype, Json, Seed, Window
 from dipnet.errors import InputError
 from dipnet.files import check_writable
 from dipnet.units import parse_size, size_text
@@ -51,14 +51,7 @@ class Between(StrEnum):
 
 def fit_predictors(
     file: Annotated[Path, typer.Option("--out", metavar="FILE", help="The file to write")],
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="Hub id, local folder, or a bundled model; default: demo-swiglu",
-            show_default=False,
-        ),
-    ] = None,
+    model: Checkpoint = None,
     text: Annotated[
         Path | None,
         typer.Option(

@@ -23,6 +23,14 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+Checkpoint = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="Hub id, local folder, or a bundled model; default: demo-swiglu",
+        show_default=False,
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto: a GPU if there is one")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: the checkpoint's")]
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of everything random")]

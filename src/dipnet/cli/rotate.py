@@ -10,7 +10,7 @@ import typer
 from dipnet.cli.allocate import LearnedText, fit_inputs
 from dipnet.cli.console import err, out, print_json
 from dipnet.cli.inputs import check_window
-from dipnet.cli.options import Device, Dtype, Json, Model, Window
+from dipnet.cli.options import Checkpoint, Device, Dtype, Json, Window
 from dipnet.errors import InputError
 
 SCHEMA = "dipnet.rotate/1"
@@ -20,7 +20,7 @@ def rotate(
     folder: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="The new folder of the checkpoint")
     ],
-    model: Model = None,
+    model: Checkpoint = None,
     text: LearnedText = None,
     tokens: Annotated[
         int, typer.Option(min=1, help="Use at most so many tokens of the text")
