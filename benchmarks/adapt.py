@@ -6,8 +6,10 @@ FOLDER holds the texts that adapters learn from and gutenberg/test.txt, plain or
 is that of the first windows of the test books, in float32. The references are the dense model, and
 the dense model adapted on the same text by the same number of steps (its loss is cross-entropy: it
 has nothing to distil). With a cache, perplexity and hits are those of the true cache, token after
-token, on the CPU. Each part is kept in OUT/results.json when it is done, and not done again: an
-interrupted run goes on. --method and --model take what else was fitted. Speed is in tokens of
+token, on the CPU; its masks are those of --cached-method. Each part is kept in OUT/results.json
+when it is done, and not done again: an interrupted run goes on, and --parts may run side by side.
+--method and --model take what else
+was fitted; thresholds are fitted on the training text, again for each model. Speed is in tokens of
 training a second; the physical limit is the arithmetic alone (a pass forward of the dense model and
 one of the masked one, and two such for the gradients of activations and weights), at the rate of a
 large matrix product of that dtype, which is measured in the same run. Ends with one JSON line.
@@ -24,10 +26,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 import torch
+from adapt_tables import CACHED, cached_table, table
+from filelock import FileLock
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -49,6 +54,12 @@ GAMMA = 0.2
 SHARE = 0.5
 STAND_IN_WINDOWS = 8
 PIECE = 400_000  # characters that are tokenized at a time, in parallel
+CALIBRATED = 128  # windows of the training text on which thresholds are fitted
+PARTS = (
+    *("limit", "dense", "densities", "train-plain", "train-cached", "cached-dense"),
+    *(f"cached-{label}" for label in CACHED),
+    *("stand-in", "packed"),
+)
 PASSES = 4  # of the arithmetic of a pass forward: dense, masked, two for the gradients
 
 
@@ -60,30 +71,47 @@ class Benchmark:
         self.out = make_folder(options.out)
         self.file = self.out / "results.json"
         self.loaded = load_model(options.model, device=options.device)
-        self.found: dict[str, Any] = {}
-        if self.file.exists():
-            self.found = json.loads(self.file.read_text())
+        self.found = self._kept()
         self._texts: dict[str, Tensor] = {}
 
     def once(self, name: str, part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The part's result; computed and kept where it is not there yet."""
         if name not in self.found:
-            self.found[name] = part()
-            write_file(self.file, json.dumps(self.found, indent=2) + "\n")
-            print(f"{name}: {json.dumps(self.found[name])}", flush=True)
+            result = part()
+            with FileLock(self.out / "results.lock"):
+                self.found = self._kept() | {name: result}
+                write_file(self.file, json.dumps(self.found, indent=2) + "\n")
+            print(f"{name}: {json.dumps(result)}", flush=True)
         return self.found[name]
+
+    def _kept(self) -> dict[str, Any]:
+        """What this run and others have found so far."""
+        return json.loads(self.file.read_text()) if self.file.exists() else {}
 
     def tokens(self, names: Sequence[str]) -> Tensor:
         """The tokens of some texts, one after the other."""
         for name in names:
             if name not in self._texts:
-                self._texts[name] = tokens_of(self.loaded, self.options.data / name)
+                most = None if name == self.options.test else self.options.characters
+                self._texts[name] = tokens_of(self.loaded, self.options.data / name, most)
         return torch.cat([self._texts[name] for name in names])
 
-    def method(self, density: float | None, **options: Any) -> Method:
+    def method(self, density: float | None) -> Method:
         """The method that was asked for, at a density."""
         request = parse_method(self.options.method)
-        return replace(request.build(density if request.takes_density else None), **options)
+        return request.build(density if request.takes_density else None)
+
+    def cached_method(self, gamma: float) -> Method:
+        """The method that was asked for with a cache, preferring what is there."""
+        request = parse_method(self.options.cached_method)
+        return replace(request.build(CACHED_DENSITY), cache_aware=gamma)
+
+    def calibrated(self, model: PreTrainedModel, method: Method) -> Method:
+        """The method, fitted on the training text where it has to be."""
+        if not method.needs_calibration:
+            return method
+        tokens = self.tokens(self.options.text)[: CALIBRATED * WINDOW]
+        return dipnet.calibrate(model, method, tokens, window=WINDOW)
 
     def perplexity(
         self, model: PreTrainedModel, method: Method, cache: CacheSettings | None = None
@@ -91,7 +119,8 @@ class Benchmark:
         """Of the test text; with the hit rate where there is a cache."""
         count = self.options.cached_windows if cache else self.options.windows
         tokens = self.tokens([self.options.test])[: count * WINDOW]
-        with dipnet.sparsify(model, method, cache=cache, backend="reference") as sparse:
+        fitted = self.calibrated(model, method)
+        with dipnet.sparsify(model, fitted, cache=cache, backend="reference") as sparse:
             found = dipnet.perplexity(sparse, tokens, window=WINDOW, batch_size=16)
             usage = dipnet.usage(sparse)
             said = {"perplexity": found.perplexity, "mlp_density": usage.density().mlp}
@@ -104,9 +133,10 @@ class Benchmark:
             chosen = {"steps": self.options.steps, "batch": self.options.batch}
             chosen |= {"rate": self.options.rate, "rank": self.options.rank} | settings
             tokens = self.tokens(self.options.text)
+            fitted = self.calibrated(self.loaded.model, method)
             began = time.perf_counter()
             made = dipnet.fit_adapters(
-                self.loaded.model, method, tokens, out=self.out / name, window=WINDOW, **chosen
+                self.loaded.model, fitted, tokens, out=self.out / name, window=WINDOW, **chosen
             )
             card = made.card
             shutil.rmtree(made.merged)
@@ -132,13 +162,17 @@ class Benchmark:
         model = self.fresh(device)
         return PeftModel.from_pretrained(model, self.out / name / "adapter").merge_and_unload()
 
-    def densities(self) -> None:
-        """Dense, and each density without adapters and with them."""
+    def dense(self) -> None:
+        """The dense model, and what adapters make of it."""
         device = str(self.loaded.model.device)
         dense = dipnet.Dense()
         self.once("dense", lambda: self.perplexity(self.loaded.model, dense))
         self.trained("dense", dense, kl=0.0, cross_entropy=1.0)
         self.once("dense adapted", lambda: self.perplexity(self.adapted("dense", device), dense))
+
+    def densities(self) -> None:
+        """Each density without adapters and with them."""
+        device = str(self.loaded.model.device)
         for density in self.options.densities:
             method, name = self.method(density), f"density-{density:g}"
             self.once(f"masked {density:g}", lambda m=method: self.perplexity(self.loaded.model, m))
@@ -155,34 +189,41 @@ class Benchmark:
     def cache(self) -> CacheSettings:
         return CacheSettings(SHARE, self.options.policy)
 
+    def train_plain(self) -> None:
+        """Adapters that learn without a cache, where the density's part has none of that method."""
+        if self.options.cached_method != self.options.method:
+            self.trained("plain", self.cached_method(1.0), **self.losses())
+
     def train_cached(self) -> None:
-        """Adapters that learn under cache-aware masks; those without are of the density's part."""
-        method = self.method(CACHED_DENSITY, cache_aware=GAMMA)
+        """Adapters that learn under cache-aware masks."""
+        method = self.cached_method(GAMMA)
         self.trained("cached", method, cache=self.cache(), **self.losses())
 
-    def cached(self) -> None:
+    def cached_dense(self) -> None:
+        """The dense model on the text that is measured with a cache."""
+        tokens = self.tokens([self.options.test])[: self.options.cached_windows * WINDOW]
+        model = self.fresh("cpu")
+        self.once(
+            "cache dense",
+            lambda: {"perplexity": dipnet.perplexity(model, tokens, window=WINDOW).perplexity},
+        )
+
+    def cached(self, label: str) -> None:
         """With the true cache: no adapters, adapters trained without it, and with the stand-in."""
-        models = {"none": None, "plain": f"density-{CACHED_DENSITY:g}", "cached": "cached"}
-        for label, name in models.items():
-            model = self.adapted(name, "cpu") if name else self.fresh("cpu")
-            if label == "none":
-                tokens = self.tokens([self.options.test])[: self.options.cached_windows * WINDOW]
-                self.once(
-                    "cache dense",
-                    lambda m=model, t=tokens: {
-                        "perplexity": dipnet.perplexity(m, t, window=WINDOW).perplexity
-                    },
-                )
-            for gamma in (1.0, GAMMA):
-                method = self.method(CACHED_DENSITY, cache_aware=gamma)
-                self.once(
-                    f"cache {label} {gamma:g}",
-                    lambda m=model, x=method: self.perplexity(m, x, self.cache()),
-                )
+        same = self.options.cached_method == self.options.method
+        plain = f"density-{CACHED_DENSITY:g}" if same else "plain"
+        name = {"none": None, "plain": plain, "cached": "cached"}[label]
+        model = self.adapted(name, "cpu") if name else self.fresh("cpu")
+        for gamma in (1.0, GAMMA):
+            method = self.cached_method(gamma)
+            self.once(
+                f"cache {label} {gamma:g}",
+                lambda x=method: self.perplexity(model, x, self.cache()),
+            )
 
     def stand_in(self) -> None:
         """Perplexity and hits of the model as it is: with the true cache, and with its stand-in."""
-        method = self.method(CACHED_DENSITY, cache_aware=GAMMA)
+        method = self.cached_method(GAMMA)
         model = self.fresh("cpu")
         tokens = self.tokens([self.options.test])[: STAND_IN_WINDOWS * WINDOW]
 
@@ -219,9 +260,10 @@ class Benchmark:
             model.save_pretrained(merged)
             self.loaded.tokenizer.save_pretrained(merged)
             pack(str(merged), store, weights)
-            with dipnet.sparsify(model, method) as sparse:
+            fitted = self.calibrated(model, method)
+            with dipnet.sparsify(model, fitted) as sparse:
                 in_torch = dipnet.perplexity(sparse, tokens, window=WINDOW).perplexity
-            streamed = dipnet.load(store, method, memory=self.options.memory, prefill="sparse")
+            streamed = dipnet.load(store, fitted, memory=self.options.memory, prefill="sparse")
             from_store = dipnet.perplexity(streamed, tokens, window=WINDOW).perplexity
             return {"torch": in_torch, "store": from_store}
 
@@ -251,11 +293,10 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def tokens_of(loaded: LoadedModel, path: Path) -> Tensor:
-    """The tokens of a text, plain or .xz: pieces of it in parallel, cut at blank lines."""
-    packed = Path(f"{path}.xz")
-    data = path.read_bytes() if path.is_file() else lzma.decompress(packed.read_bytes())
-    text = data.decode()
+def tokens_of(loaded: LoadedModel, path: Path, most: int | None = None) -> Tensor:
+    """The tokens of a text's first characters, plain or .xz: pieces in parallel, at blank lines."""
+    with path.open("rb") if path.is_file() else lzma.open(f"{path}.xz") as opened:
+        text = TextIOWrapper(opened, encoding="utf-8").read(most)
     pieces, at = [], 0
     while at < len(text):
         end = text.find("\n\n", at + PIECE)
@@ -264,41 +305,6 @@ def tokens_of(loaded: LoadedModel, path: Path) -> Tensor:
         at = end
     ids = loaded.tokenizer(pieces, add_special_tokens=False, return_attention_mask=False)
     return torch.tensor(list(itertools.chain.from_iterable(ids["input_ids"])))
-
-
-def table(found: dict[str, Any], densities: Sequence[float]) -> list[dict[str, Any]]:
-    """Perplexities by density, and the share of the gap to each reference that is closed."""
-    rows = []
-    references = {name: found[name]["perplexity"] for name in ("dense", "dense adapted")}
-    for density in densities:
-        masked = found[f"masked {density:g}"]["perplexity"]
-        adapted = found[f"adapted {density:g}"]["perplexity"]
-        closed = {
-            f"closed_to_{name.replace(' ', '_')}": (masked - adapted) / (masked - reference)
-            for name, reference in references.items()
-        }
-        rows.append({"density": density, "masked": masked, "adapted": adapted, **closed})
-    return rows
-
-
-def cached_table(found: dict[str, Any]) -> dict[str, Any]:
-    """What γ costs with each kind of adapters: above plain DIP, and above the dense model."""
-    dense = found["cache dense"]["perplexity"]
-    best = found["cache plain 1"]["perplexity"]
-    rows = {}
-    for label in ("none", "plain", "cached"):
-        here = found[f"cache {label} {GAMMA:g}"]
-        rows[label] = {
-            "without_preference": found[f"cache {label} 1"],
-            "with_preference": here,
-            "above_dense": here["perplexity"] - dense,
-            "cost_of_preference": here["perplexity"] - best,
-        }
-    shrunk = {
-        name: 1 - rows["cached"][name] / rows["plain"][name]
-        for name in ("above_dense", "cost_of_preference")
-    }
-    return {"dense": dense, "rows": rows, "gap_shrinks_by": shrunk}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -310,6 +316,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--test", default="gutenberg/test.txt")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--method", default="dip", help="dip with options, without a density")
+    parser.add_argument("--cached-method", default="dip", help="what takes cache_aware")
+    parser.add_argument("--characters", type=int, help="of each training text, at most")
+    parser.add_argument("--before", type=Path, help="results.json whose masked models' gap counts")
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=16)
@@ -323,29 +332,35 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cached-windows", type=int, default=16, help="of it, with the cache")
     parser.add_argument("--packed-windows", type=int, default=2, help="of it, from a store")
     parser.add_argument("--memory", default="3GiB", help="of the packed model's process")
-    parser.add_argument(
-        "--only", choices=("train", "measure"), help="train leaves out what needs no training"
-    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="not all of them, in this order")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     run = Benchmark(options)
-    if options.only != "measure":
-        run.once("limit", run.rate)
-        run.densities()
-        run.train_cached()
-    if options.only != "train":
-        run.cached()
-        run.stand_in()
-        run.packed()
+    parts: dict[str, Callable[[], object]] = {
+        "limit": lambda: run.once("limit", run.rate),
+        "dense": run.dense,
+        "densities": run.densities,
+        "train-plain": run.train_plain,
+        "train-cached": run.train_cached,
+        "cached-dense": run.cached_dense,
+        **{f"cached-{label}": partial(run.cached, label) for label in CACHED},
+        "stand-in": run.stand_in,
+        "packed": run.packed,
+    }
+    for name in options.parts or parts:
+        parts[name]()
     result: dict[str, Any] = {"benchmark": "adapt", "model": options.model}
     result |= {"method": options.method, "text": options.text, "steps": options.steps}
-    if "adapted 0.5" in run.found:
-        result["densities"] = table(run.found, options.densities)
-    if f"cache cached {GAMMA:g}" in run.found:
-        result["cache"] = cached_table(run.found)
+    result |= {"characters": options.characters}
+    measured = [d for d in options.densities if f"adapted {d:g}" in run.found]
+    if "dense adapted" in run.found:
+        before = json.loads(options.before.read_text()) if options.before else run.found
+        result["densities"] = table(run.found, measured, before)
+    if all(f"cache {label} {gamma:g}" in run.found for label in CACHED for gamma in (1.0, GAMMA)):
+        result["cache"] = cached_table(run.found, GAMMA)
     kept = ("packed ", "stand-in ")
     result |= {name: part for name, part in run.found.items() if name.startswith(kept)}
     result["tokens_per_second"] = {

@@ -4,7 +4,8 @@
 
 FOLDER holds gutenberg/valid.txt.xz, on which everything is fitted, and gutenberg/test.txt.xz, which
 is measured. For each density: DIP with its usual split, alike in all layers; with scores (column
-norms, and learned from there), with a fitted allocation, with both; the same for the rotated model.
+norms, and learned from there), with a fitted allocation or with thresholds in the place of top-k,
+with both; the same for the rotated model.
 `closed` is the share of the gap between DIP and the dense model's perplexity that is closed: 1 is
 the limit. The last line is JSON.
 """
@@ -16,6 +17,7 @@ import json
 import lzma
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,14 +26,18 @@ from torch import Tensor
 import dipnet
 from dipnet.adapt.allocation import Pieces, mean_divergence
 from dipnet.eval.texts import tokenize
+from dipnet.methods.base import Method
 from dipnet.methods.dip import DIP
+from dipnet.methods.dip_threshold import DIPThreshold
 from dipnet.models.load import LoadedModel
 
 COMPARED = 32
 """Windows on which the divergence is measured, a mean with less noise than perplexity's."""
 
 SCORED = ("norms", "learned scores")
-KINDS = ("DIP", *SCORED, "allocation", *(f"allocation and {name}" for name in SCORED))
+FITTED = ("allocation", "thresholds")
+KINDS = ("DIP", *SCORED, *FITTED, *(f"{each} and {name}" for name in SCORED for each in FITTED))
+THRESHOLD_TOKENS = 65_536
 ROWS = [f"{title}{name}" for title in ("", "rotated, ") for name in KINDS]
 
 
@@ -44,7 +50,7 @@ def tokens_of(loaded: LoadedModel, file: Path, count: int) -> Tensor:
 
 def rows(
     loaded: LoadedModel, fitted_on: Tensor, arguments: argparse.Namespace, title: str
-) -> Iterator[tuple[str, float, DIP]]:
+) -> Iterator[tuple[str, float, Method]]:
     """What is measured of one model: a name, a density, the method; each when it is fitted."""
     model = loaded.model
     settings = {name: getattr(arguments, name) for name in ("window", "batch_size", "seed")}
@@ -62,17 +68,31 @@ def rows(
                 yield f"{title}{name or 'DIP'}", density, DIP(density, scores=factors)
         divided = f"{title}allocation{' and ' if name else ''}{name}"
         if divided in arguments.rows:
-            method, steps = DIP(0.5, scores=factors), arguments.steps
+            steps = arguments.steps
             found = dipnet.fit_allocation(
-                model, method, arguments.density, fitted_on, steps=steps, **settings
+                model,
+                DIP(0.5, scores=factors),
+                arguments.density,
+                fitted_on,
+                steps=steps,
+                **settings,
             )
             for density in arguments.density:
                 yield divided, density, DIP(density, allocation=found, scores=factors)
+        above = f"{title}thresholds{' and ' if name else ''}{name}"
+        if above in arguments.rows:
+            method, tokens = DIPThreshold(0.5, scores=factors), fitted_on[:THRESHOLD_TOKENS]
+            thresholds = dipnet.fit_thresholds(
+                model, method, arguments.density, tokens, window=arguments.window
+            )
+            for density in arguments.density:
+                yield above, density, replace(method, density=density, fitted=thresholds)
 
 
 def wants(arguments: argparse.Namespace, title: str, scores: str) -> bool:
     """Whether any row of a model needs these scores."""
-    return any(f"{title}{row}" in arguments.rows for row in (scores, f"allocation and {scores}"))
+    named = (scores, *(f"{each} and {scores}" for each in FITTED))
+    return any(f"{title}{row}" in arguments.rows for row in named)
 
 
 def main() -> None:

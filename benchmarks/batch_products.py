@@ -22,13 +22,12 @@ from torch import nn
 import dipnet
 from dipnet.models.decoding.blocks import columns
 from dipnet.models.decoding.counts import StepCounts
-from dipnet.models.decoding.sharing import Way, kept_together
+from dipnet.models.decoding.sharing import WAYS, kept_together
 from dipnet.models.decoding.sites import SiteStep
 from dipnet.models.decoding.stacked import Stacked
 from dipnet.units import Operand, Site
 
 SHAPES = ((4096, 28672), (14336, 4096), (4096, 4096), (28672, 7168))
-WAYS: tuple[Way, ...] = ("own", "union", "whole")
 LAUNCHES = 20
 
 

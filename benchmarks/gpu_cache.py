@@ -19,6 +19,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ from dipnet.streaming.gpu.records import Records, pin
 from dipnet.streaming.methods import fitted_method
 
 PROMPT, CONTEXT = 16, 256
+NO_FOLDER = Path()
+"""Random records are in none."""
 METHODS: dict[str, Method] = {
     "dense": dipnet.Dense(),
     "dip": dipnet.DIP(0.5),
@@ -140,7 +143,7 @@ class Subject:
         """The model inside a limit."""
         model = skeleton(self.layers)
         decoder = Decoder(model)
-        fitted = fitted_method(method, self.index, decoder.spec)
+        fitted = fitted_method(method, NO_FOLDER, self.index, decoder.spec)
         table = HostEmbedding(self.table, 1.0, torch.bfloat16, self.device)
         model.get_decoder().embed_tokens = table
         bounds = Bounds(self.device, memory, None, CONTEXT, "lfu", "wanted")
@@ -160,7 +163,7 @@ class Subject:
         """The limit that leaves a share of the MLP for the caches."""
         model = skeleton(self.layers)
         decoder = Decoder(model)
-        fitted = fitted_method(method, self.index, decoder.spec)
+        fitted = fitted_method(method, NO_FOLDER, self.index, decoder.spec)
         choices: Any = {
             (site.layer, site.name): SiteChoice(site, fitted) for site in fitted.sites(decoder.spec)
         }

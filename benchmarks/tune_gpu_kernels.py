@@ -1,11 +1,13 @@
 """The fastest cut of each product of kernels/gpu/tiles.py on this GPU, among many.
 
     python benchmarks/tune_gpu_kernels.py [--seconds S] [--triton [--jobs N]]
+    python benchmarks/tune_gpu_kernels.py --only "(1, 16, 4096, 3584)" --seconds 25
 
 Prints the best cuts of selections, a table of that file, of clusters or of Triton's programs, and
 ends with one JSON line.
-`--seconds` is the limit for one product; what was not tried then is left out, and said. Triton's
-kernels are compiled by N processes before.
+`--seconds` is the limit for one product; what was not tried then is left out, and said. The cut of
+the table and those of FURTHER come first. With `--only` no selection and no other product is tuned,
+and the fastest cuts are listed. Triton's kernels are compiled by N processes before.
 """
 
 import argparse
@@ -21,11 +23,12 @@ import torch
 from gpu_timing import DEVICE, LISTS, graph_us, in_turn, lists, need_gpu
 from torch import Tensor
 
+from dipnet.errors import BackendError
 from dipnet.kernels.gpu.clusters import cluster_columns
 from dipnet.kernels.gpu.columns import columns
 from dipnet.kernels.gpu.integers import integer_columns
 from dipnet.kernels.gpu.selection import select
-from dipnet.kernels.gpu.tiles import ClusterTile, ColumnsTile, Cut, Product
+from dipnet.kernels.gpu.tiles import CLUSTERS, COLUMNS, ClusterTile, ColumnsTile, Cut, Product
 from dipnet.kernels.gpu.weights import Weight
 from dipnet.kernels.reference import row_bytes
 
@@ -57,8 +60,20 @@ INPUTS = {
     Product(1, 4, 4096, 7168): 14336,
 }
 """The products of columns that are tuned, and the input channels of each."""
+FURTHER = {
+    Product(1, 16, 4096, 3584): (
+        ClusterTile(16, 16, 256, 5),
+        ClusterTile(16, 16, 256, 7),
+        ClusterTile(16, 12, 416, 4),
+        ClusterTile(32, 8, 1024, 4),
+    ),
+}
+"""Cuts beside the regular ones. Of 3584 units each of 16 parts has 224, that is 14 reads of 16 side
+by side: 7 at a time leave nothing over and 5 little, where 4 leave half a turn; 12 blocks of 416
+threads fill three on every multiprocessor, and 8 of 1024 one."""
 
-
+LISTED = 8
+"""Cuts of a product that are listed with --only."""
 UNITS = (4096, 7168, 14336, 28672, 49152)
 """Units among which a selection is tuned."""
 Cutting = ColumnsTile | ClusterTile
@@ -82,6 +97,14 @@ def triton_candidates(product: Product) -> Iterator[ColumnsTile]:
         filled = product.kept / parts >= units / 2
         if programs >= multiprocessors() / 2 and filled:
             yield tile
+
+
+def first_tried(product: Product, *, triton: bool) -> list[Cutting]:
+    """The cut that is in use, if the table has the product, and those of FURTHER."""
+    if triton:
+        return [COLUMNS[product]] if product in COLUMNS else []
+    used = [CLUSTERS[product]] if product in CLUSTERS else []
+    return [*used, *FURTHER.get(product, ())]
 
 
 def cluster_candidates(product: Product) -> Iterator[ClusterTile]:
@@ -141,13 +164,19 @@ def tuned(
     weights, index = matrices(product, inputs), lists(inputs, product.kept)
     x = torch.randn(1, inputs, device=DEVICE, dtype=torch.float16)
     run, end, found = caller(product, x, index, weights), time.monotonic() + seconds, []
-    tried = list(candidates(product, triton=triton))
-    random.Random(0).shuffle(tried)
-    for tile in tried:
+    others = list(candidates(product, triton=triton))
+    random.Random(0).shuffle(others)
+    tried = list(dict.fromkeys([*first_tried(product, triton=triton), *others]))
+    for at, tile in enumerate(tried):
         if time.monotonic() > end:
-            print(f"# {product}: {len(tried) - len(found)} of {len(tried)} cuts were not tried")
+            print(f"# {product}: {len(tried) - at} of {len(tried)} cuts were not tried")
             break
-        found.append((graph_us(lambda i, tile=tile: run(i, tile), max(4, len(weights))), tile))
+        try:
+            us = graph_us(lambda i, tile=tile: run(i, tile), max(4, len(weights)))
+        except BackendError as error:
+            print(f"# {tile} of {product} is none for this GPU: {error}")
+            continue
+        found.append((us, tile))
     return sorted(found)
 
 
@@ -194,9 +223,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--triton", action="store_true", help="tune Triton's programs")
+    parser.add_argument("--only", help="tune the products whose tuples contain this")
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--job", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    wanted = {each: n for each, n in INPUTS.items() if (args.only or "") in str(tuple(each))}
+    if not wanted:
+        raise SystemExit(f"error: no product's tuple contains {args.only!r}")
     need_gpu()
     if args.job is not None:
         compile_share(args.job, args.jobs)
@@ -206,16 +239,20 @@ def main() -> None:
         for process in [subprocess.Popen([*again, str(job)]) for job in range(args.jobs)]:
             process.wait()
     report = {}
-    for units in UNITS:
+    for units in () if args.only else UNITS:
         us, cut = tuned_cuts(units)[0]
         print(f"# selection among {units}: {cut!r}, {us:.2f} us")
     print("COLUMNS = {" if args.triton else "CLUSTERS = {")
-    for product, inputs in INPUTS.items():
+    for product, inputs in wanted.items():
         found = tuned(product, inputs, args.seconds, triton=args.triton)
         report[str(tuple(product))] = [(round(us, 2), tuple(tile)) for us, tile in found[:5]]
         read = product.matrices * product.kept * product.width * product.bits / 8
         us, tile = found[0]
         print(f"    {product!r}: {tile!r},  # {us:.2f} us, {read / us / 1e3:.0f} GB/s")
+        first = first_tried(product, triton=args.triton)
+        for rank, (us, tile) in enumerate(found if args.only else [], start=1):
+            if rank <= LISTED or tile in first:
+                print(f"    # {rank}: {us:.2f} us, {tile!r}", flush=True)
     print("}")
     print(json.dumps(report))
 

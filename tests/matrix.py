@@ -243,6 +243,7 @@ METHODS = {
         fitted=partial(allocated, attention=True),
     ),
     "dip-scores": Case(dipnet.DIP(0.5), dip_scored, fitted=scored),
+    "dip-threshold": Case(dipnet.DIPThreshold(0.5, split=1.3), teal),
     "glu": Case(dipnet.GLUPruning(0.8), glu),
     "gate": Case(dipnet.GatePruning(0.5), gate),
     "up": Case(dipnet.UpPruning(0.6), up),

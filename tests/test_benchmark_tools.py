@@ -93,6 +93,23 @@ def test_cgroup_ends_what_takes_too_long(cgroup: Any) -> None:
     assert (done.timed_out, done.stdout) == (True, "begun\n")
 
 
+def test_cuts_that_are_tried_first(tool: Any) -> None:
+    """The one in use, then those that are no regular ones; all of them can be launched."""
+    pytest.importorskip("triton", reason="the cuts are of Triton's kernels, too")
+    tuner = tool("tune_gpu_kernels")
+    for product, further in tuner.FURTHER.items():
+        used, *others = tuner.first_tried(product, triton=False)
+        assert used == tuner.CLUSTERS[product]
+        assert others == list(further)
+        assert product in tuner.INPUTS
+        for tile in further:
+            bits = 32 * tile.words
+            assert tile.parts <= 16
+            assert tile.threads % max(32, tile.lanes) == 0
+            assert tile.threads * bits // product.bits * 4 < 48 << 10  # bytes of shared memory
+            assert product.width * product.bits % (bits * tile.lanes) == 0
+
+
 def test_random_store(tool: Any, tmp_path: Path) -> None:
     make_store, shapes = tool("make_store"), tool("shapes")
     sizes = shapes.Shapes(**TINY, vocabulary=288, context=64)

@@ -1,19 +1,29 @@
 """Our small JSON files, which say what they are: all of one is checked before any of it is used.
 
-Knows no file's content; imports nothing of ours but the errors.
+Knows no file's content, but the kinds of fields that several have; imports nothing of ours but the
+errors.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Annotated, Generic, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dipnet.errors import InputError, complaint
 
 Content = TypeVar("Content", bound=BaseModel)
+
+CLOSED = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+"""Nothing unknown and nothing infinite."""
+Size = Annotated[int, Field(ge=1, lt=2**31)]
+"""A number of rows, columns, layers or units."""
+Bytes = Annotated[int, Field(ge=0, lt=2**62)]
+Word = Annotated[str, Field(min_length=1, max_length=200)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+"""A SHA-256."""
 
 MAX_FILE_BYTES = 1 << 20
 """No file of this kind comes near it; what is larger is something else, and is not read."""

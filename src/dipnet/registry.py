@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 METHODS = {
     "dense": "dipnet.methods.dense:Dense",
     "dip": "dipnet.methods.dip:DIP",
+    "dip-threshold": "dipnet.methods.dip_threshold:DIPThreshold",
     "glu": "dipnet.methods.glu:GLUPruning",
     "gate": "dipnet.methods.glu:GatePruning",
     "up": "dipnet.methods.glu:UpPruning",

@@ -68,6 +68,7 @@ class Stub:
     streaming: bool = True
     blocks: tuple[int, ...] = ()
     recall: object = None
+    divided: bool = False
     asked: list[tuple[Setup, float]] = field(default_factory=list)
 
     @property
@@ -113,6 +114,12 @@ def test_gamma_is_worth_its_density() -> None:
     assert found.chosen.density == 0.55
     first = {c.setup.gamma: c.density for c in found.candidates[1:4]}
     assert first == needed
+
+
+def test_no_splits_where_an_allocation_divides() -> None:
+    found = chosen(Stub(lambda s: 0.4 if s.split else 0.5, faster_with_less, divided=True))
+    assert {candidate.setup.split for candidate in found.candidates} == {None}
+    assert found.chosen.density == 0.5
 
 
 def test_dense_when_nothing_keeps_the_bound() -> None:

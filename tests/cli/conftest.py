@@ -11,7 +11,11 @@ from typing import Any
 import pytest
 
 from dipnet.cli import main
+from dipnet.methods.allocation import Allocation
+from dipnet.models.families import describe
+from dipnet.models.load import empty_model, load_config
 from tests.checkpoints import WORDS, save_llama, save_opt
+from tests.matrix import allocated
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,17 @@ def opt(tmp_path_factory: pytest.TempPathFactory) -> str:
 def text(tmp_path: Path) -> str:
     file = tmp_path / "text.txt"
     file.write_text(WORDS * 6)
+    return str(file)
+
+
+@pytest.fixture
+def allocation(llama: str, tmp_path: Path) -> str:
+    """The file of an allocation for that model, far from an even one."""
+    file = tmp_path / "half.json"
+    spec = describe(empty_model(load_config(llama)))
+    found = allocated(spec).allocation
+    assert isinstance(found, Allocation)
+    found.save(file)
     return str(file)
 
 

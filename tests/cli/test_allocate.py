@@ -12,7 +12,15 @@ FAST = ["--window", "16", "--steps", "2", "--batch-size", "2"]
 
 
 @pytest.fixture
-def allocation(run: Run, llama: str, text: str, tmp_path: Path) -> str:
+def scores(run: Run, llama: str, tmp_path: Path) -> str:
+    file = tmp_path / "norms.safetensors"
+    result = run("fit", "scores", llama, "--kind", "norm", "--out", str(file))
+    assert result.code == 0
+    assert str(file) in result.out
+    return str(file)
+
+
+def test_fitted(run: Run, llama: str, text: str, tmp_path: Path) -> None:
     file = tmp_path / "half.json"
     said = run(
         *("fit", "allocation", llama, "--text", text, "--out", str(file), *FAST),
@@ -22,16 +30,9 @@ def allocation(run: Run, llama: str, text: str, tmp_path: Path) -> str:
     assert [point["density"] for point in said["points"]] == [0.3, 0.5]
     assert said["fit"]["source"] == llama
     assert said["fit"]["text"]["name"] == text
-    return str(file)
-
-
-@pytest.fixture
-def scores(run: Run, llama: str, tmp_path: Path) -> str:
-    file = tmp_path / "norms.safetensors"
-    result = run("fit", "scores", llama, "--kind", "norm", "--out", str(file))
-    assert result.code == 0
-    assert str(file) in result.out
-    return str(file)
+    assert {key: said[key] for key in ("format", "model", "points")} == {
+        key: json.loads(file.read_text())[key] for key in ("format", "model", "points")
+    }
 
 
 def test_run_and_eval_take_both(
@@ -96,6 +97,42 @@ def test_a_plan_with_both(
     other = run("plan", store, "--text", text, "--allocation", scores)
     assert other.code == 2
     assert "no allocation" in other.err
+
+
+def test_a_store_with_its_own(
+    run: Run, llama: str, text: str, allocation: str, tmp_path: Path
+) -> None:
+    """Methods that do not say how they are divided take it, and it is said."""
+    store, file = tmp_path / "store", tmp_path / "plan.json"
+    given = ("--weights", "int8", "--block", "1", "--allocation", allocation)
+    assert run("pack", llama, str(store), *given).code == 0
+    named = f"dip:allocation={allocation}"
+    asked = ("--text", text, "--window", "16", "--density", "0.4")
+    methods = [f"--method={each}" for each in ("dip", named, "dip:allocation=none", "dip:split=1")]
+    rows = run("eval", str(store), *asked, *methods, "--json").json["rows"][1:]
+    own, explicit, none, split = (row["density"]["sites"] for row in rows)
+    assert own == explicit
+    assert len({json.dumps(each) for each in (own, none, split)}) == 3
+    assert [row["method"] for row in rows[:2]] == ["dip", named]
+    assert [row["store"]["own_allocation"] for row in rows] == [True, False, False, False]
+    assert rows[0]["parameters"]["allocation"] == str(store / "allocation.json")
+    shown = run("eval", str(store), *asked, "--method", "dip")
+    assert "dip, the store's" in shown.out  # the rest is in the cell's next line
+    short = ("--prompt", "The", "--max-new-tokens", "3")
+    assert "the store's allocation" in run("run", str(store), *short).err
+    assert "the store's allocation" not in run("run", str(store), *short, "--method", named).err
+    said = run("run", str(store), *short, "--json").json
+    assert said["parameters"]["allocation"] == str(store / "allocation.json")
+    cheap = ("--windows", "3", "--device", "phone", "--max-ppl-increase", "50%")
+    found = run(*("plan", str(store), *asked[:4], *cheap, "--out", str(file)))
+    assert "the store's allocation" in found.out
+    assert "split" not in json.loads(file.read_text())["method"]
+    made = run("run", str(store), "--plan", str(file), *short, "--json").json
+    assert made["parameters"]["allocation"] == str(store / "allocation.json")
+    plain = str(tmp_path / "plain")
+    assert run("pack", llama, plain, *given[:4]).code == 0
+    refused = run("run", plain, "--plan", str(file), *short)
+    assert "the plan is for a store with another allocation" in refused.err
 
 
 def test_learned_scores(run: Run, llama: str, text: str, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_bad_input(
 def test_what_is_missing(error: Error, llama: str, tmp_path: Path) -> None:
     assert "Missing option '--out'" in error("fit", "predictors", llama)
     out = ("--out", str(tmp_path / "a"))
-    assert "learn from? give --text" in error("fit", "predictors", llama, *out)
+    assert "what shall be fitted on for" in error("fit", "predictors", llama, *out)
     assert "No such command 'predictor'" in error("fit", "predictor")
 
 

@@ -69,6 +69,30 @@ def test_whole_neurons(run: Run, error: Error, llama: str, text: str, tmp_path: 
     assert "is damaged, 1 of" in error("check", store)
 
 
+def test_an_allocation(
+    run: Run, error: Error, llama: str, opt: str, allocation: str, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    packed = run("pack", llama, str(store), "--allocation", allocation)
+    assert packed.code == 0, packed.err
+    assert "The store's own allocation divides" in packed.out
+    assert (store / "allocation.json").read_text() == Path(allocation).read_text()
+    checked = run("check", str(store), "--json").json
+    assert checked["allocation_sha256"] == read_index(store).allocation_sha256
+    assert run("info", str(store), "--json").json["allocation_sha256"] is not None
+    (store / "allocation.json").write_text(Path(allocation).read_text().replace("0.5", "0.4"))
+    assert "allocation.json is damaged, its SHA-256" in error("check", str(store))
+    other = str(tmp_path / "other")
+    message = error("pack", opt, other, "--allocation", allocation)
+    assert "this allocation is for a llama" in message
+    message = error("pack", llama, other, "--allocation", allocation, "--unit", "neuron")
+    assert "divides densities of columns" in message
+    assert "cannot read the allocation no.json" in error(
+        "pack", llama, other, "--allocation", "no.json"
+    )
+    assert not list(tmp_path.glob("other*"))
+
+
 def test_errors(error: Error, llama: str, text: str, tmp_path: Path) -> None:
     store = str(tmp_path / "store")
     assert "no folder '/of/nobody'" in error("pack", "/of/nobody", store)

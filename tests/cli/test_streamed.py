@@ -185,6 +185,7 @@ def test_eval(run: Run, store: str, text: str) -> None:
         "hit_rates": {"mlp.in": 1.0, "mlp.hidden": 1.0},
         "hit_rate": 1.0,
         "bytes_per_token": 0.0,
+        "own_allocation": False,
     }
     shown = run(*arguments, "--cache", "8KiB").out
     assert "MiB/token" in shown

@@ -12,17 +12,18 @@ from dipnet.errors import InputError
 from dipnet.eval import probe as whole
 from dipnet.eval import probe_decoding
 from dipnet.eval.probe import probe
-from dipnet.eval.probe_decoding import Sample
+from dipnet.eval.probe_decoding import Sample, between_operations
 from dipnet.sim.device import Device, load_device
+from dipnet.sim.walk import late
 from dipnet.store.checksum import record_checksums, stored_checksums
 from dipnet.streaming import probe_disk, probe_reads, probe_records
 from dipnet.streaming.probe_disk import burst_offsets
 from dipnet.streaming.probe_records import fitted, regions, write_regions
 
 SAMPLES = (
-    Sample(128, 256, 1, 8192, 4),
+    Sample(128, 256, 1, 8192, 4, streamed=True),
     Sample(128, 256, 2, 8192, 4),
-    Sample(256, 512, 1, 8192, 4),
+    Sample(256, 512, 1, 8192, 4, streamed=True),
     Sample(128, 256, 1, 16384, 4),
     Sample(128, 256, 2, 8192, 32),
 )
@@ -73,8 +74,19 @@ def check_plausible(device: Device) -> None:
     assert set(costs.products) == {"int4", "int8", "bf16"}
     assert all(p.bandwidth > 1e4 for points in costs.products.values() for p in points[:1])
     assert costs.token + costs.layer + costs.logit > 0
-    assert costs.selection + costs.unit > 0
+    assert sum(costs.selection) > 0
+    assert costs.threads >= 1
     assert costs.submit + costs.ask > 0
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_what_products_take_between_operations_is_found_again(threads: int) -> None:
+    loop = [8e-6, 1e-5, 2e-5, 6e-5, 1e-4, 3e-4, 6e-4]
+    factor, wake, call = 2 ** (20 / 28), 8e-5, 1e-5
+    real = [factor * each + float(late(factor * each, wake, threads)) + call for each in loop]
+    found = between_operations(list(zip(loop, real, strict=True)), threads)
+    expected = [each + float(late(each, found[0], threads)) for each in np.array(loop) * found[2]]
+    assert np.add(expected, found[1]) == pytest.approx(real, rel=0.05)
 
 
 @pytest.mark.usefixtures("small")

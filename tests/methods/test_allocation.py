@@ -208,3 +208,26 @@ SCORES = scored(SPEC).scores
 def test_options_that_contradict(method: Any, options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
         method(**options)
+
+
+def test_none_is_the_usual_division() -> None:
+    method = parse_method("dip:allocation=none").build(0.5)
+    assert isinstance(method, DIP)
+    assert method.sites(SPEC) == DIP(0.5).sites(SPEC)
+    assert method.has_own_division
+    assert DIP(0.5, split=1.2, allocation="none").sites(SPEC) == DIP(0.5, split=1.2).sites(SPEC)
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        (DIP(0.5), False),
+        (DIP(0.5, attention_density=0.5, cache_aware=0.2, hidden_block=2), False),
+        (WINA(0.5), False),
+        (DIP(0.5, split=1.2), True),
+        (DIP(input_density=0.5, hidden_density=0.4), True),
+        (DIP(0.5, allocation=ALLOCATION), True),
+    ],
+)
+def test_whether_a_method_says_how_it_is_divided(method: DIP, told: bool) -> None:
+    assert method.has_own_division == told

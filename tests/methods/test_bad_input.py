@@ -83,7 +83,7 @@ def test_unknown_family(config: type[transformers.PretrainedConfig]) -> None:
     "method", [dipnet.GatePruning(0.5), dipnet.UpPruning(0.5), dipnet.CATS(0.5)]
 )
 def test_a_method_that_needs_a_gate(family: str, method: Any) -> None:
-    works = ("dip", "glu", "glu-oracle", "teal", "wina", "wanda")
+    works = ("dip", "dip-threshold", "glu", "glu-oracle", "teal", "wina", "wanda")
     with complains(f"{method.name} needs a gated MLP", "opt", ", ".join(works)):
         dipnet.sparsify(shared(family), method)
 

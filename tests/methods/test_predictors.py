@@ -153,7 +153,7 @@ def refused(path: Path) -> str:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    assert "does not exist: fit some with dipnet fit predictors" in refused(tmp_path / "p")
+    assert "does not exist: fit some with `dipnet fit predictors" in refused(tmp_path / "p")
     assert "is no file" in refused(tmp_path)
 
 
@@ -173,7 +173,7 @@ def test_cut_off(file: Path) -> None:
 def test_the_file_of_something_else(tmp_path: Path, said: str | None) -> None:
     path = tmp_path / "p"
     save_file({"x": torch.ones(2)}, path, metadata=None if said is None else {"dipnet": said})
-    assert "holds no predictors: dipnet fit predictors writes such files" in refused(path)
+    assert "is no file of predictors" in refused(path)
 
 
 def rewrite(file: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
@@ -187,7 +187,7 @@ def rewrite(file: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]
 
 def test_another_version(file: Path) -> None:
     rewrite(file, lambda header, _: header.update(version=2))
-    assert "predictors of version 2, and this dipnet reads version 1" in refused(file)
+    assert "is a file of predictors of version 2 and this dipnet reads 1" in refused(file)
 
 
 @pytest.mark.parametrize(
@@ -204,13 +204,13 @@ def test_another_version(file: Path) -> None:
 )
 def test_a_header_that_makes_no_sense(file: Path, name: str, value: Any) -> None:
     rewrite(file, lambda header, _: header.update({name: value}))
-    assert "is damaged" in refused(file)
+    assert f"is no file of predictors: {name}" in refused(file)
 
 
 @pytest.mark.parametrize("name", ["model", "look_ahead", "kinds", "card"])
 def test_a_header_that_lacks_something(file: Path, name: str) -> None:
     rewrite(file, lambda header, _: header.pop(name))
-    assert f"is damaged: {name}" in refused(file)
+    assert f"is no file of predictors: {name}" in refused(file)
 
 
 def test_keys_of_a_later_dipnet_are_ignored(file: Path) -> None:

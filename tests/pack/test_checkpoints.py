@@ -11,13 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import dipnet
 from dipnet.errors import InputError
 from dipnet.pack.packing import pack
 from tests.families import shared
+from tests.matrix import allocated
 from tests.pack.test_packing import check_store, same_files
 
 Save = Callable[..., Path]
 UP = "model.layers.1.mlp.up_proj.weight"
+OWN, OTHER = (allocated(dipnet.describe(shared(f))).allocation for f in ("llama", "opt"))
 
 
 def edit_weights(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -103,7 +106,8 @@ def test_what_is_copied(saved: Save, tmp_path: Path) -> None:
     folder = saved("llama", max_shard_size="10KB")
     for name in ("merges.txt", "chat_template.jinja", "tokenizer.model", "code.py", "x.bin"):
         (folder / name).write_text(name)
-    (folder / "index.json").write_text("not a store's")
+    for name in ("index.json", "allocation.json"):
+        (folder / name).write_text("not a store's")
     pack(str(folder), tmp_path / "store")
     names = {file.name for file in (tmp_path / "store").iterdir()}
     ours = {"index.json", "records.bin", "rest.safetensors"}
@@ -117,6 +121,20 @@ def test_what_is_copied(saved: Save, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "store" / "index.json").read_text())["version"] == 1
 
 
+def test_an_allocation_goes_along(saved: Save, tmp_path: Path) -> None:
+    """Given or by its file, it is a file of the store; nothing else changes but the index."""
+    source, file = str(saved("llama")), tmp_path / "mine.json"
+    assert isinstance(OWN, dipnet.Allocation)
+    OWN.save(file)
+    plain = pack(source, tmp_path / "plain")
+    for name, given in (("given", OWN), ("file", file)):
+        index = pack(source, tmp_path / name, allocation=given)
+        assert (tmp_path / name / "allocation.json").read_bytes() == file.read_bytes()
+        assert index.model_copy(update={"allocation_sha256": None}) == plain
+        (tmp_path / name / "allocation.json").unlink()
+        assert same_files(tmp_path / "plain", tmp_path / name) >= 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -127,6 +145,10 @@ def test_what_is_copied(saved: Save, tmp_path: Path) -> None:
         ({"permutation": {0: torch.zeros(52)}}, "layer 0 must hold every neuron once"),
         ({"permutation": {0: torch.arange(51)}}, "layer 0 must hold every neuron once"),
         ({"permutation": {2: torch.arange(52)}}, "there is no layer 2"),
+        ({"allocation": 0.5}, "allocation is a file of dipnet fit allocation, not 0.5"),
+        ({"allocation": "no.json"}, "cannot read the allocation no.json"),
+        ({"allocation": OTHER}, "this allocation is for a opt .*, and this model is a llama"),
+        ({"allocation": OWN, "unit": "neuron"}, "an allocation divides densities of columns"),
     ],
 )
 def test_wrong_arguments(

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 
+import dipnet
 from dipnet.errors import InputError
 from dipnet.pack import packing, records
 from dipnet.pack.packing import pack
 from dipnet.store.check import check_store
 from dipnet.store.index import read_index
+from tests.families import shared
+from tests.matrix import allocated
 from tests.pack.test_packing import same_files
 
 Save = Callable[..., Path]
@@ -106,6 +109,9 @@ def test_an_interrupted_packing_goes_on(
         pack(source, out, "int8")
     with pytest.raises(InputError, match="another block"):
         pack(source, out, block=4)
+    divided = allocated(dipnet.describe(shared("opt"))).allocation
+    with pytest.raises(InputError, match="another allocation"):
+        pack(source, out, allocation=divided)
     steps: list[int] = []
     index = pack(source, out, progress=lambda done, _: steps.append(done))
     assert steps[0] > index.records_bytes / 2

@@ -16,7 +16,7 @@ from dipnet.sim.groups import pinned_groups
 from dipnet.sim.shape import ModelShape
 from dipnet.sim.sizes import kv_bytes, pinned_bytes, unit_bytes
 from dipnet.sim.trace import TraceSite
-from dipnet.sim.walk import BATCH, Walk
+from dipnet.sim.walk import BATCH, Walk, late
 from dipnet.store.geometry import Weights
 from tests.sim.test_device import GB, costs, device
 
@@ -107,9 +107,8 @@ STEPS = {
     "number": LAYERS * (WIDTH + NEURONS),
     "key": LAYERS * SHAPE.kv_width * 7,
     "call": CALLS,
-    "selection": MASKS,
-    "unit": LAYERS * (WIDTH + NEURONS // 2),
 }
+UNITS = LAYERS * (WIDTH + NEURONS // 2)
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -118,11 +117,43 @@ def test_a_step_is_paid_as_often_as_it_is_made(step: str) -> None:
     assert found == pytest.approx(STEPS[step])
 
 
+def test_masks_are_paid_for_themselves_and_their_units() -> None:
+    assert one(machine(costs(selection=(1.0, 0.0))), loads()) == pytest.approx(MASKS)
+    assert one(machine(costs(selection=(0.0, 1.0))), loads()) == pytest.approx(UNITS)
+    assert one(machine(costs(selection=(1.0, 1.0))), loads(masked=False)) < 1e-9
+
+
 def test_products_take_longer_where_records_come_and_go() -> None:
-    where = machine(costs(exchange=1.0), flash=flash(1e18))
+    where = machine(costs(exchange=(1.0, 0.0), streaming=(0.5, 0.0)), flash=flash(1e18))
     assert one(where, loads()) == pytest.approx(0, abs=1e-6)
     assert one(where, loads(misses=(1, 0))) == pytest.approx(LAYERS)
-    assert one(where, loads(misses=(1, 1), masked=False)) == pytest.approx(2 * LAYERS)
+    assert one(where, loads(misses=(1, 1), masked=False)) == pytest.approx(0.5 * 2 * LAYERS)
+    where = machine(costs(exchange=(0.0, 1.0)), flash=flash(1e18))
+    assert one(where, loads(misses=(1, 0))) == pytest.approx(LAYERS * WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("wake", "threads", "more"),
+    [
+        (0.0, 2, 0.0),
+        (4.0, 1, 0.0),  # nobody to wake
+        (4.0, 2, 2.0),  # in 4 s one does what both do in 2
+        (40.0, 2, 10.0),  # they come when all is done
+        (8.0, 4, 6.0),
+    ],
+)
+def test_threads_that_sleep_are_late(wake: float, threads: int, more: float) -> None:
+    """A product of 10 s with all threads."""
+    assert late(10.0, wake, threads) == pytest.approx(more)
+
+
+def test_every_product_wakes_the_threads() -> None:
+    product = Product(working_bytes=1, column=1.0, bandwidth=1e18)
+    asleep, awake = (
+        one(machine(costs(products={"int4": (product,)}, wake=wake)), loads())
+        for wake in (2.0, 0.0)
+    )
+    assert asleep - awake == pytest.approx(CALLS)
 
 
 def test_every_column_in_memory_is_multiplied() -> None:
@@ -201,7 +232,7 @@ def test_right_guesses_save_what_attention_takes() -> None:
 
 
 def test_guesses_cost_their_masks() -> None:
-    engine = costs(selection=1.0, guess=0.5)
+    engine = costs(selection=(1.0, 0.0), guess=(0.5, 0.0))
     asked = loads(misses=(10, 10))
     where = machine(engine, flash=flash(1e12))
     groups = {(load.site.layer, load.site.name): load.group() for load in asked}
@@ -213,7 +244,7 @@ def test_guesses_cost_their_masks() -> None:
 
 def test_guesses_that_do_not_pay_are_not_made() -> None:
     asked = loads(misses=(10, 10))
-    where = machine(costs(selection=1.0, guess=0.5), flash=flash(1e12))
+    where = machine(costs(selection=(1.0, 0.0), guess=(0.5, 0.0)), flash=flash(1e12))
     assert one(where, asked, look_ahead=True) == one(where, asked)
     held = loads()
     assert one(where, held, look_ahead=True) == one(where, held)  # nothing to guess
@@ -244,7 +275,7 @@ def test_a_miss_is_never_faster_than_a_hit(
 ) -> None:
     """Of what a token wants; with and without the engine's costs, whatever the disk."""
     both = tuple(h + m for h, m in zip(hits, misses, strict=True))
-    engine = costs(call=1e-5, unit=1e-8, submit=1e-6, land=1e-7, check=1e9, layer=1e-4)
+    engine = costs(call=1e-5, selection=(0.0, 1e-8), submit=1e-6, land=1e-7, check=1e9, layer=1e-4)
     for where in (
         machine(engine, flash=flash(speed, 1e-5)),
         machine(flash=flash(speed, 1e-5), overlap=overlap),

@@ -30,10 +30,11 @@ def device(**changes: Any) -> dict[str, Any]:
 
 def costs(**changes: Any) -> EngineCosts:
     """Engine costs of nothing, with some changed: memory that is infinitely fast, almost."""
-    names = EngineCosts.model_fields.keys() - {"check", "frame_bytes", "products"}
     free = Product(working_bytes=1, column=0, bandwidth=1e18)
-    values = dict.fromkeys(names, 0.0) | {"check": 1e18, "frame_bytes": 32 << 20}
-    return EngineCosts(**{**values, "products": {"int4": (free,)}, **changes})
+    named = {"check": 1e18, "frame_bytes": 32 << 20, "threads": 2, "products": {"int4": (free,)}}
+    pairs = dict.fromkeys(("selection", "exchange", "streaming", "guess"), (0.0, 0.0))
+    others = EngineCosts.model_fields.keys() - named.keys() - pairs.keys()
+    return EngineCosts(**{**dict.fromkeys(others, 0.0), **pairs, **named, **changes})
 
 
 def written(folder: Path, content: Any) -> Path:

@@ -8,10 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import dipnet
 from dipnet.errors import InputError
+from dipnet.pack.packing import pack
 from dipnet.store.check import check_store, records
 from dipnet.store.checksum import record_checksums, reference_checksums
 from dipnet.store.index import read_index
+from tests.families import shared
+from tests.matrix import allocated
 
 
 def flip(file: Path, position: int, mask: int = 1) -> None:
@@ -64,6 +68,24 @@ def test_zeroed_and_swapped_records(store: Path) -> None:
 def test_the_rest(store: Path) -> None:
     flip(store / "rest.safetensors", 5000)
     with pytest.raises(InputError, match=r"rest.safetensors is damaged, its SHA-256 is not"):
+        check_store(store)
+
+
+def test_the_allocation(packed: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    model = packed.with_name("model")
+    given = allocated(dipnet.describe(shared("llama"))).allocation
+    index = pack(str(model), store, allocation=given)
+    assert index.allocation_sha256 is not None
+    check_store(store)
+    file = store / "allocation.json"
+    for position in range(0, file.stat().st_size, 97):
+        flip(file, position)
+        with pytest.raises(InputError, match=r"allocation.json is damaged, its SHA-256 is not"):
+            check_store(store)
+        flip(file, position)
+    file.unlink()
+    with pytest.raises(InputError, match=r"cannot read .*allocation.json: No such file"):
         check_store(store)
 
 

@@ -65,6 +65,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str | None]] = {
     "width": (set_group(8, channels=23), None),  # the head may have an embedding's own width
     "layer": (set_group(4, channels=23), "attn.in of layer 1 has another shape"),
     "digest": (lambda c: c.update(rest_sha256="0"), "rest_sha256: String should match"),
+    "allocation": (lambda c: c.update(allocation_sha256=1), "allocation_sha256: Input should be"),
     "sizes": (lambda c: c.update(rest_bytes=7), "rest.safetensors has .* its index says 7"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,23 @@ def test_another_model_of_the_same_shapes(folder: Path, tmp_path: Path) -> None:
     made["model"]["rest_sha256"] = "f" * 64
     with pytest.raises(InputError, match="another model of the same shapes"):
         dipnet.load(folder / "int8", plan=written(tmp_path / "plan.json", made))
+
+
+@pytest.mark.parametrize("held", [None, "f" * 64])
+def test_a_store_with_another_allocation(folder: Path, tmp_path: Path, held: str | None) -> None:
+    store = Path(shutil.copytree(folder / "int8", tmp_path / "store"))
+    index = json.loads((store / "index.json").read_text())
+    (store / "index.json").write_text(json.dumps({**index, "allocation_sha256": "e" * 64}))
+    made = content(store)
+    made["model"]["allocation_sha256"] = held
+    with pytest.raises(InputError, match="is for a store with another allocation, or without one"):
+        dipnet.load(store, plan=written(tmp_path / "plan.json", made))
+
+
+def test_a_plan_from_before_there_were_any(folder: Path, tmp_path: Path) -> None:
+    made = content(folder / "int8")
+    del made["model"]["allocation_sha256"]
+    assert open_plan(written(tmp_path / "plan.json", made)).model.allocation_sha256 is None
 
 
 def test_loaded_as_the_plan_says(folder: Path) -> None:

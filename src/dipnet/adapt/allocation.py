@@ -21,7 +21,7 @@ from dipnet.adapt.allocation_marginals import dense_logits, divergence, marginal
 from dipnet.adapt.calibration import TextCalibration
 from dipnet.errors import InputError
 from dipnet.methods.allocation import Allocation
-from dipnet.methods.base import SiteKey
+from dipnet.methods.base import Method, SiteKey
 from dipnet.methods.dip import DIP
 from dipnet.models.attach import check_dense, sparsify
 from dipnet.models.families import default_window, describe
@@ -203,7 +203,7 @@ class _Search:
         return made
 
 
-def mean_divergence(model: PreTrainedModel, method: DIP, pieces: Pieces) -> float:
+def mean_divergence(model: PreTrainedModel, method: Method, pieces: Pieces) -> float:
     """KL(dense || sparse) in nats a token over the windows that were spared."""
     total = 0.0
     for batch in pieces.spared.split(pieces.batch):

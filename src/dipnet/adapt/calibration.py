@@ -71,9 +71,11 @@ class TextCalibration:
         """Read access to the model's matrices."""
         return self.decoder
 
-    def scores(self, method: Method) -> Mapping[SiteKey, ScoreHistogram]:
-        """The distribution of ``method``'s scores at each of its sites, in the dense model."""
-        observer = _Observer(method, {})
+    def scores(self, method: Method, masked: bool = False) -> Mapping[SiteKey, ScoreHistogram]:
+        """The distribution of ``method``'s scores at each of its sites, in the dense model; or
+        ``masked``, in the one that it thins.
+        """
+        observer = _Observer(method, masked, {})
         attachment = Attachment(self.decoder, observer)
         attachment.attach()
         try:
@@ -92,9 +94,10 @@ class TextCalibration:
 
 @dataclass(frozen=True)
 class _Observer(Method):
-    """Wraps a method: scores as it does, keeps every unit, and counts the scores."""
+    """Wraps a method: scores as it does, keeps all units or what it keeps, counts the scores."""
 
     method: Method
+    masked: bool
     histograms: dict[SiteKey, ScoreHistogram]
 
     def sites(self, spec: ModelSpec) -> tuple[Site, ...]:
@@ -105,6 +108,8 @@ class _Observer(Method):
 
     def select(self, site: Site, scores: Tensor, resident: Tensor | None = None) -> Tensor:
         self.histograms.setdefault((site.layer, site.name), ScoreHistogram()).add(scores)
+        if self.masked:
+            return self.method.select(site, scores)
         return torch.ones_like(scores, dtype=torch.bool)
 
 

@@ -161,7 +161,8 @@ class _Search:
         return made
 
     def _splits(self) -> Iterator[float]:
-        if self.usual.allocation is not None:  # it says how a density is divided
+        """Other divisions of a density, where no allocation divides it."""
+        if self.trials.divided:
             return
         relu = self.trials.task.index.activation == "relu"
         usual = RELU_SPLIT if relu else SMOOTH_SPLIT

@@ -9,10 +9,12 @@ from rich.table import Table
 
 from dipnet.adapt.plan import Candidate, Choice
 from dipnet.adapt.trials import Setup, Trials
+from dipnet.eval.report import OWN_ALLOCATION
 from dipnet.eval.texts import Text
 from dipnet.models.recording import method_text
 from dipnet.store.index import read_index
 from dipnet.streaming.budget import Needs, size_text
+from dipnet.streaming.methods import takes_allocation
 from dipnet.streaming.plan import Expected, Identity, Measured, Plan
 
 DASH = "–"
@@ -107,7 +109,7 @@ def _method(setup: Setup, density: float | None) -> str:
 
 def _densities(candidate: Candidate, trials: Trials) -> tuple[str, str]:
     """The shares of input channels and of neurons that are kept, in the mean over the layers."""
-    sites = candidate.setup.method(candidate.density).sites(trials.task.shapes[0])
+    sites = trials.method(candidate.setup, candidate.density).sites(trials.task.shapes[0])
     if not sites:
         return "1", "1"
     means = (
@@ -141,8 +143,9 @@ def summary(plan: Plan) -> dict[str, str]:
     expected = plan.expected
     hits = "" if expected.hit_rate is None else f", {expected.hit_rate:.1%} of them found in memory"
     read = expected.bytes_per_token
+    own = takes_allocation(plan.chosen, plan.model)
     return {
-        "method": plan.method,
+        "method": plan.method + (OWN_ALLOCATION if own else ""),
         "tokens/s": f"{expected.tokens_per_second:.4g} on {plan.device} "
         f"(dense: {expected.dense_tokens_per_second:.4g})",
         "perplexity": f"{expected.perplexity:.2f}, {expected.increase:+.2%} over the dense "

@@ -38,7 +38,7 @@ class Fitter:
         """The method, ready for ``sparsify``."""
         spec = describe(self.model)
         method.check_model(spec)
-        if self.split_text is not None and isinstance(method, DIP) and _wants_split(method):
+        if self.split_text is not None and isinstance(method, DIP) and not method.has_own_division:
             method = self._with_split(method, self.split_text)
         if method.needs_calibration and self.calibration is not None:
             method = calibrate(self.model, method, self.calibration, self.window, self.bos)
@@ -55,9 +55,3 @@ class Fitter:
             batch_size=self.batch_size,
         )
         return fitted
-
-
-def _wants_split(method: DIP) -> bool:
-    """Whether the method divides one density between two masks, and was not told how."""
-    told = method.split is not None or method.allocation is not None
-    return method.density is not None and not told

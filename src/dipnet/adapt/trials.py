@@ -192,12 +192,12 @@ class Trials:
 
     def figures(self, setup: Setup, density: float | None = None) -> Figures:
         """What a setup comes to on the device; the dense model without a density."""
-        spec, shape = self.task.shapes
+        shape = self.task.shapes[1]
         index = read_index(self.store(setup.block))
         file = None if density is None else self.trial(setup, density).trace
         trace = None if file is None else open_trace(file)
         target = own_target(shape, trace.sites if trace else ())
-        slots = self.slots(setup, density, index, spec)
+        slots = self.slots(setup, density)
         needs = Needs.of(target, index.weights, self.task.context)
         held = sum(slots[key] * group.record_bytes for key, group in _cached(index).items())
         how = Scenario(needs.fixed + held, setup.policy, index.weights, self.task.context)
@@ -205,12 +205,21 @@ class Trials:
         made = run(target, how, trace, tokens=tokens, sequence=window, slots=slots)
         return replace(made, recall=self.recall).on(self.task.device)
 
-    def slots(
-        self, setup: Setup, density: float | None, index: Index, spec: ModelSpec
-    ) -> dict[Key, int]:
+    def method(self, setup: Setup, density: float | None) -> Method:
+        """A setup's method as it runs on its store."""
+        store = self.store(setup.block)
+        return fitted_method(setup.method(density), store, read_index(store), self.task.shapes[0])
+
+    @cached_property
+    def divided(self) -> bool:
+        """Whether an allocation, the task's or the store's own, divides densities."""
+        method = self.method(self.task.usual, 1.0)
+        return isinstance(method, DIP) and method.allocated is not None
+
+    def slots(self, setup: Setup, density: float | None) -> dict[Key, int]:
         """The records of each streamed group that have room, as `load` divides it."""
-        method = fitted_method(setup.method(density), index, spec)
-        shares = densities(method, index, spec)
+        index = read_index(self.store(setup.block))
+        shares = densities(self.method(setup, density), index, self.task.shapes[0])
         divided = divide(index, self.task.room, shares, setup.cache_split)
         return {key: divided[key] for key in _cached(index)}
 
@@ -218,7 +227,7 @@ class Trials:
     def streaming(self) -> bool:
         """Whether any record is read from disk while tokens are decoded."""
         setup = self.task.usual
-        slots = self.slots(setup, None, self.task.index, self.task.shapes[0])
+        slots = self.slots(setup, None)
         groups = _cached(self.task.index)
         return any(slots[key] < group.units for key, group in groups.items())
 

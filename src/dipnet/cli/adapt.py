@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dipnet.cli.console import err, note, out, print_json, quiet_libraries, titled_table
+from dipnet.cli.console import note, out, print_json, quiet_libraries, titled_table
 from dipnet.cli.inputs import check_window, load, tokens_of
 from dipnet.cli.methods import parse_method
 from dipnet.cli.options import (
@@ -22,9 +22,12 @@ from dipnet.cli.options import (
     Device,
     Dtype,
     Json,
+    Rate,
     Seed,
+    TextToFit,
     Window,
 )
+from dipnet.cli.progress import step_progress
 
 if TYPE_CHECKING:
     from dipnet.adapt.adapters import Adapters
@@ -46,10 +49,7 @@ class PrecisionOption(StrEnum):
 
 def adapt(
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write")],
-    text: Annotated[
-        Path,
-        typer.Option(metavar="FILE", help="Text to learn from; not the one to be measured on"),
-    ],
+    text: TextToFit,
     model: Checkpoint = None,
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = "dip",
     density: Annotated[
@@ -79,7 +79,7 @@ def adapt(
             "--checkpointing", metavar=FLAG, help="Compute activations twice: saves more memory"
         ),
     ] = False,
-    rate: Annotated[float, typer.Option(help="The highest learning rate")] = 1e-3,
+    rate: Rate = 1e-3,
     kl: Annotated[float, typer.Option(help="Weight of the divergence from the dense model")] = 1.0,
     cross_entropy: Annotated[float, typer.Option(help="Weight of the text's own loss")] = 0.0,
     hidden: Annotated[
@@ -197,32 +197,12 @@ def _fit(
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int, float | None, float], None]]:
-    """A bar on a terminal: steps, loss and held-out perplexity."""
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    bar = Progress(
-        TextColumn("adapting"),
-        BarColumn(),
-        TextColumn("{task.completed:,} of {task.total:,} steps{task.fields[said]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not (err.is_terminal and _first_process()),
-    )
-    with bar:
-        task = bar.add_task("", total=0, said="")
+    """A bar in steps, with the loss and the held-out perplexity."""
+    with step_progress("adapting", shown=_first_process()) as moved:
 
         def update(done: int, planned: int, loss: float | None, perplexity: float) -> None:
             found = "" if loss is None else f", loss {loss:.{LOSS_DIGITS}f}"
-            said = f"{found}, held-out perplexity {perplexity:.2f}"
-            bar.update(task, completed=done, total=planned, said=said)
+            moved(done, planned, f"{found}, held-out perplexity {perplexity:.2f}")
 
         yield update
 

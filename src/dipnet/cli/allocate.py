@@ -2,44 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dipnet.cli.console import err, note, out, print_json, quiet_libraries, titled_table
-from dipnet.cli.inputs import calibration_text, check_window, load
+from dipnet.cli.console import interruptible, out, print_json, quiet_libraries, titled_table
+from dipnet.cli.inputs import check_window, fit_inputs, load_checkpoint
 from dipnet.cli.methods import parse_method, unique
-from dipnet.cli.options import FLAG, Checkpoint, Densities, Device, Dtype, Json, Seed, Window
+from dipnet.cli.options import (
+    FLAG,
+    Checkpoint,
+    Densities,
+    Device,
+    DividedMethod,
+    Dtype,
+    Json,
+    LearnedText,
+    OutFile,
+    Seed,
+    Tokens,
+    Window,
+)
+from dipnet.cli.progress import step_progress
 from dipnet.errors import InputError
 from dipnet.files import check_writable
 
 if TYPE_CHECKING:
-    from dipnet.eval.texts import TokenText
     from dipnet.methods.allocation import Allocation
     from dipnet.methods.dip import DIP
-    from dipnet.models.load import LoadedModel
 
 ALLOCATION_SCHEMA = "dipnet.fit-allocation/1"
 SCORES_SCHEMA = "dipnet.fit-scores/1"
 DEFAULT_DENSITY = 0.5
 TOKENS = 131_072
-MOST_CHARACTERS = 16
-"""Characters of a text that are read for every token that is wanted of it: four are usual."""
 
-OutFile = Annotated[Path, typer.Option("--out", metavar="FILE", help="The file to write")]
-LearnedText = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="Text to fit on, not the one to be measured on; the bundled models bring one",
-        show_default=False,
-    ),
-]
-Tokens = Annotated[int, typer.Option(min=1, help="Use at most so many tokens of the text")]
 Steps = Annotated[int, typer.Option(min=1, help="Passes there and back, for each density")]
 Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Windows of one pass")]
 
@@ -55,7 +54,7 @@ def fit_allocation(
     file: OutFile,
     model: Checkpoint = None,
     text: LearnedText = None,
-    method: Annotated[str, typer.Option(help="dip or wina, with options")] = "dip",
+    method: DividedMethod = "dip",
     density: Densities = None,
     attention: Annotated[
         bool,
@@ -89,7 +88,7 @@ def fit_allocation(
     from dipnet.adapt.allocation import fit_allocation as fit
     from dipnet.eval.texts import bos_token
 
-    with _interruptible(file), _progress("dividing") as progress:
+    with interruptible(file), step_progress("dividing") as moved:
         made = fit(
             loaded.model,
             built,
@@ -101,7 +100,7 @@ def fit_allocation(
             batch_size=batch_size,
             steps=steps,
             seed=seed,
-            progress=progress,
+            progress=_with_divergence(moved),
         )
     about = {"source": loaded.name, "method": request.label, "text": used.as_json()}
     made = made.model_copy(update={"fit": {**about, **made.fit}})
@@ -145,13 +144,13 @@ def fit_scores(
         from dipnet.adapt.scores import norm_scores
 
         quiet_libraries()
-        made = norm_scores(_checkpoint(model, device, dtype).model, built)
+        made = norm_scores(load_checkpoint(model, device, dtype).model, built)
     else:
         loaded, used = fit_inputs(model, text, tokens, device, dtype)
         from dipnet.adapt.scores import fit_scores as fit
         from dipnet.eval.texts import bos_token
 
-        with _interruptible(file), _progress("learning") as progress:
+        with interruptible(file), step_progress("learning") as moved:
             made = fit(
                 loaded.model,
                 built,
@@ -161,7 +160,7 @@ def fit_scores(
                 batch_size=batch_size,
                 steps=steps,
                 seed=seed,
-                progress=progress,
+                progress=_with_divergence(moved),
             )
     made.save(file)
     if json:
@@ -182,59 +181,9 @@ def _method(method: object, label: str) -> DIP:
     return method
 
 
-def fit_inputs(
-    model: str | None, text: Path | None, count: int, device: str, dtype: str
-) -> tuple[LoadedModel, TokenText]:
-    """The model, and the first tokens of the text that is fitted on."""
-    quiet_libraries()
-    from dipnet.eval.texts import TokenText, tokenize
-
-    content = calibration_text(model, text)
-    if content is None:
-        raise InputError(f"what shall be fitted on for {model!r}? give --text")
-    loaded = _checkpoint(model, device, dtype)
-    read = tokenize(loaded.tokenizer, content.content[: count * MOST_CHARACTERS])
-    return loaded, TokenText(content, read).first(count)
-
-
-def _checkpoint(model: str | None, device: str, dtype: str) -> LoadedModel:
-    """The model; InputError for a store, which never holds the dense one."""
-    from dipnet.streaming.packed import is_store
-
-    if model is not None and is_store(model):
-        raise InputError(
-            f"{model!r} is a packed model: fit on the checkpoint that it was packed from; the "
-            "packed model takes the file, too"
-        )
-    return load(model, device, dtype)
-
-
-@contextmanager
-def _interruptible(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        note(f"nothing was written to {file}")
-        raise
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int, float], None]]:
-    """A bar on a terminal: steps, and the divergence of the last."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    bar = Progress(
-        TextColumn(title),
-        BarColumn(),
-        TextColumn("{task.completed:,} of {task.total:,} steps, KL {task.fields[value]:.4f}"),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    )
-    with bar:
-        task = bar.add_task("", total=0, value=0.0)
-        yield lambda done, total, value: bar.update(task, completed=done, total=total, value=value)
+def _with_divergence(moved: Callable[[int, int, str], None]) -> Callable[[int, int, float], None]:
+    """What moves a bar, and tells the divergence of the last step."""
+    return lambda done, total, value: moved(done, total, f", KL {value:.4f}")
 
 
 def _show_allocation(made: Allocation, file: Path) -> None:

@@ -26,6 +26,7 @@ from dipnet.cli.probe import probe
 from dipnet.cli.rotate import rotate
 from dipnet.cli.run import run
 from dipnet.cli.simulate import simulate
+from dipnet.cli.thresholds import fit_thresholds
 from dipnet.errors import DipnetError
 
 ABOUT = (
@@ -98,14 +99,15 @@ app = typer.Typer(
 
 fit = typer.Typer(
     cls=Commands,
-    help="Fit on a text what methods need: DIP's split, allocation and scores, Deja Vu's "
-    "predictors",
+    help="Fit on a text what methods need: DIP's split, allocation, scores and thresholds, "
+    "Deja Vu's predictors",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
 fit.command("split", cls=Command)(fit_split)
 fit.command("allocation", cls=Command)(fit_allocation)
 fit.command("scores", cls=Command)(fit_scores)
+fit.command("thresholds", cls=Command)(fit_thresholds)
 fit.command("predictors", cls=Command)(fit_predictors)
 
 

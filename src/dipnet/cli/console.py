@@ -6,7 +6,9 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -30,6 +32,16 @@ def complain(kind: str, message: str) -> None:
 def note(message: str) -> None:
     """Print a remark on stderr."""
     err.print(Text(f"dipnet: {message}", style="dim"), soft_wrap=True)
+
+
+@contextmanager
+def interruptible(file: Path) -> Iterator[None]:
+    """What writes ``file`` at its end: an interruption says that it did not."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note(f"nothing was written to {file}")
+        raise
 
 
 def titled_table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from dipnet.cli.console import err, out, print_json, quiet_libraries, titled_table
 from dipnet.cli.inputs import check_window, load, split_tokens
 from dipnet.cli.methods import MethodRequest, parse_method, unique
-from dipnet.cli.options import Densities, Device, Dtype, Json, Model, Window
+from dipnet.cli.options import (
+    Densities,
+    Device,
+    DividedMethod,
+    Dtype,
+    Json,
+    Model,
+    TextToFit,
+    Window,
+)
 from dipnet.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,12 +31,9 @@ DEFAULT_DENSITY = 0.5
 
 
 def fit_split(
-    text: Annotated[
-        Path,
-        typer.Option(metavar="FILE", help="Text to fit on; not the one to be measured on"),
-    ],
+    text: TextToFit,
     model: Model = None,
-    method: Annotated[str, typer.Option(help="dip or wina, with options")] = "dip",
+    method: DividedMethod = "dip",
     density: Densities = None,
     window: Window = None,
     device: Device = "auto",
@@ -73,7 +76,7 @@ def _method(request: MethodRequest, density: float | None) -> DIP:
     built = request.build(density)
     if not isinstance(built, DIP):
         raise InputError(f"{request.label} has no split to fit: use dip or wina")
-    if built.density is None or built.split is not None:
+    if built.has_own_division:
         raise InputError(
             f"{request.label} says already how its density is divided: leave that out to fit it"
         )

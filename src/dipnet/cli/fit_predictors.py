@@ -6,24 +6,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from dipnet.cli.console import err, note, out, print_json, quiet_libraries, titled_table
-from dipnet.cli.inputs import calibration_text, check_window, load
-from dipnet.cli.options import Checkpoint, Device, Dtype, Json, Seed, Window
+from dipnet.cli.console import interruptible, out, print_json, quiet_libraries, titled_table
+from dipnet.cli.inputs import check_window, fit_inputs
+from dipnet.cli.options import (
+    Checkpoint,
+    Device,
+    Dtype,
+    Json,
+    LearnedText,
+    OutFile,
+    Rate,
+    Seed,
+    Tokens,
+    Window,
+)
+from dipnet.cli.progress import progress_bar
 from dipnet.errors import InputError
 from dipnet.files import check_writable
 from dipnet.units import parse_size, size_text
 
-if TYPE_CHECKING:
-    from dipnet.eval.texts import Text, TokenText
-    from dipnet.models.load import LoadedModel
-
 SCHEMA = "dipnet.fit-predictors/1"
-MOST_CHARACTERS = 16
-"""Characters of a text that are read for every token that is wanted of it: four are usual."""
 KINDS = {"mlp": "MLP neurons", "head": "attention heads"}
 
 
@@ -50,16 +56,9 @@ class Between(StrEnum):
 
 
 def fit_predictors(
-    file: Annotated[Path, typer.Option("--out", metavar="FILE", help="The file to write")],
+    file: OutFile,
     model: Checkpoint = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Text to learn from; the bundled models bring one",
-            show_default=False,
-        ),
-    ] = None,
+    text: LearnedText = None,
     kind: Annotated[Fitted, typer.Option(help="What to predict: both, mlp or heads")] = Fitted.BOTH,
     mlp_density: Annotated[float, typer.Option(help="Share of neurons that will be kept")] = 0.2,
     head_density: Annotated[float, typer.Option(help="Share of heads that will be kept")] = 0.5,
@@ -96,15 +95,13 @@ def fit_predictors(
         Measure,
         typer.Option(help="A unit's magnitude, or that times the loss's gradient (ShadowLLM)"),
     ] = Measure.MAGNITUDE,
-    tokens: Annotated[
-        int, typer.Option(min=1, help="Use at most so many tokens of the text")
-    ] = 400_000,
+    tokens: Tokens = 400_000,
     epochs: Annotated[
         int | None,
         typer.Option(min=1, help="Default: 2 to 10, fewer for a long text", show_default=False),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Tokens of a step")] = 512,
-    rate: Annotated[float, typer.Option(help="The highest learning rate")] = 3e-3,
+    rate: Rate = 3e-3,
     buffer: Annotated[
         str | None,
         typer.Option(
@@ -150,26 +147,18 @@ def fit_predictors(
     from dipnet.eval.texts import bos_token
 
     FitSettings(**settings)
-    content = calibration_text(model, text)
-    if content is None:
-        raise InputError(f"what shall predictors of {model!r} learn from? give --text")
-    loaded = load(model, device, dtype)
-    used = _tokens(loaded, content, tokens)
-    try:
-        with _progress() as progress:
-            predictors = dipnet.fit_predictors(
-                loaded.model,
-                used.tokens,
-                window=check_window(loaded, window),
-                bos=bos_token(loaded.tokenizer),
-                out=file,
-                text=used.as_json(),
-                progress=progress,
-                **settings,
-            )
-    except KeyboardInterrupt:
-        note(f"nothing was written to {file}")
-        raise
+    loaded, used = fit_inputs(model, text, tokens, device, dtype)
+    with interruptible(file), _progress() as progress:
+        predictors = dipnet.fit_predictors(
+            loaded.model,
+            used.tokens,
+            window=check_window(loaded, window),
+            bos=bos_token(loaded.tokenizer),
+            out=file,
+            text=used.as_json(),
+            progress=progress,
+            **settings,
+        )
     card = dict(predictors.card)
     if json:
         print_json({"schema": SCHEMA, "model": loaded.name, "out": str(file), **card})
@@ -187,34 +176,15 @@ def _target(value: str | None) -> str | float | None:
         raise InputError(f"--target is active or a share such as 0.2, not {value!r}") from None
 
 
-def _tokens(loaded: LoadedModel, text: Text, count: int) -> TokenText:
-    """The first tokens of a text, of which no more is read than they need."""
-    from dipnet.eval.texts import TokenText, tokenize
-
-    content = text.content[: count * MOST_CHARACTERS]
-    return TokenText(text, tokenize(loaded.tokenizer, content)).first(count)
-
-
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on a terminal for what is being done."""
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
+    bar = progress_bar(
         TextColumn("{task.completed:,} of {task.total:,} {task.fields[unit]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
     )
     units = {"collecting": "tokens", "training": "steps"}
     with bar:

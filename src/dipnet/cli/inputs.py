@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SPLIT_WINDOWS = 32
 """Windows of text on which a split is fitted: each candidate costs an evaluation of them."""
+MOST_CHARACTERS = 16
+"""Characters of a text that are read for every token that is wanted of it: four are usual."""
 
 
 def load(name: str | None, device: str, dtype: str) -> LoadedModel:
@@ -25,6 +27,36 @@ def load(name: str | None, device: str, dtype: str) -> LoadedModel:
     from dipnet.models.load import DEFAULT_MODEL, load_model
 
     return load_model(name or DEFAULT_MODEL, device=device, dtype=dtype)
+
+
+def load_checkpoint(name: str | None, device: str, dtype: str) -> LoadedModel:
+    """As `load`; InputError for a store, which never holds the dense model."""
+    from dipnet.streaming.packed import is_store
+
+    if name is not None and is_store(name):
+        raise InputError(
+            f"{name!r} is a packed model: fit on the checkpoint that it was packed from; the "
+            "packed model takes the file, too"
+        )
+    return load(name, device, dtype)
+
+
+def fit_inputs(
+    model: str | None, text: Path | None, count: int, device: str, dtype: str
+) -> tuple[LoadedModel, TokenText]:
+    """The model, and the first tokens of the text that is fitted on.
+
+    Raises InputError when there is no text.
+    """
+    quiet_libraries()
+    from dipnet.eval.texts import TokenText, tokenize
+
+    content = calibration_text(model, text)
+    if content is None:
+        raise InputError(f"what shall be fitted on for {model!r}? give --text")
+    loaded = load_checkpoint(model, device, dtype)
+    read = tokenize(loaded.tokenizer, content.content[: count * MOST_CHARACTERS])
+    return loaded, TokenText(content, read).first(count)
 
 
 def is_bundled(name: str | None) -> bool:

@@ -64,3 +64,18 @@ Densities = Annotated[
     list[float] | None,
     typer.Option("--density", help=f"{DENSITY_HELP}; repeatable", show_default=False),
 ]
+OutFile = Annotated[Path, typer.Option("--out", metavar="FILE", help="The file to write")]
+TextToFit = Annotated[
+    Path, typer.Option("--text", metavar="FILE", help="Text to fit on; not the one to measure on")
+]
+LearnedText = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Text to fit on, not the one to be measured on; the bundled models bring one",
+        show_default=False,
+    ),
+]
+Tokens = Annotated[int, typer.Option(min=1, help="Use at most so many tokens of the text")]
+Rate = Annotated[float, typer.Option(help="The highest learning rate")]
+DividedMethod = Annotated[str, typer.Option(help="dip or wina, with options")]

@@ -50,6 +50,15 @@ def pack(
             show_default=False,
         ),
     ] = None,
+    allocation: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Put what dipnet fit allocation wrote into the store: it divides the density of "
+            "methods that run from it and do not say how",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Pack a model into a store, the format that runs from disk.
@@ -61,13 +70,17 @@ def pack(
     """
     size = _block(block)
     quiet_libraries()
+    from dipnet.methods.allocation import Allocation
     from dipnet.pack.packing import pack as pack_store
 
+    divided = Allocation.given(allocation)
     permutation = _fit(model, calibration, weights.value, size, unit) if calibration else None
     began = time.monotonic()
     try:
         with byte_progress(f"packing {model}") as progress:
-            index = pack_store(model, store, weights.value, size, permutation, progress, unit.value)
+            index = pack_store(
+                model, store, weights.value, size, permutation, progress, unit.value, divided
+            )
     except KeyboardInterrupt:
         note("what is done is kept: the same command goes on from there")
         raise
@@ -133,6 +146,7 @@ def summary(index: Index) -> dict[str, Any]:
         "unit": index.unit,
         "layers": index.layers,
         "neurons_permuted": index.neurons_permuted,
+        "allocation_sha256": index.allocation_sha256,
         "records_bytes": index.records_bytes,
         "rest_bytes": index.rest_bytes,
         "groups": group_rows(index),
@@ -173,3 +187,5 @@ def show_groups(index: Index) -> None:
         )
     made.add_row("everything else", "", "", "", "", f"{index.rest_bytes / 1e6:,.1f}")
     out.print(made)
+    if index.allocation_sha256 is not None:
+        out.print("The store's own allocation divides densities where a method does not say how.")

@@ -14,6 +14,7 @@ from dipnet.cli.inputs import check_window, is_bundled, tokens_of
 from dipnet.cli.options import Json, Model, Window
 from dipnet.cli.planned import Stores
 from dipnet.cli.probe import probe_progress
+from dipnet.cli.progress import window_progress
 from dipnet.cli.streamed import Kind, Memory, Streaming, Weights, shapes_of, source_of
 from dipnet.cli.texts import TextFile
 from dipnet.errors import InputError
@@ -80,7 +81,7 @@ def plan(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Divide densities as dipnet fit allocation says",
+            help="Divide densities as dipnet fit allocation says; default: the store's own",
             show_default=False,
         ),
     ] = None,
@@ -162,7 +163,7 @@ def _check_columns(store: Path, method: DIP) -> None:
             f"{str(store)!r} holds whole neurons, and dipnet plan plans dip, which takes columns: "
             "pack the model without --unit neuron"
         )
-    fitted_method(method, index, describe(shapes_of(store).model))
+    fitted_method(method, store, index, describe(shapes_of(store).model))
 
 
 def _device(name: str | None) -> Device | None:
@@ -253,7 +254,6 @@ def _choose(task: Task, folder: Path) -> tuple[Trials, Choice]:
     """The choice, with a progress bar in windows of text."""
     from dipnet.adapt.plan import choose, evaluations
     from dipnet.adapt.trials import Trials
-    from dipnet.cli.sweeping import window_progress
 
     with window_progress() as bar:
         at = bar.add_task("")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dipnet.cli.console import err, json_text, out, quiet_libraries, stream, titled_table
+from dipnet.cli.console import json_text, out, quiet_libraries, stream, titled_table
 from dipnet.cli.options import Json
+from dipnet.cli.progress import progress_bar
 from dipnet.files import check_writable, write_file
 
 if TYPE_CHECKING:
@@ -60,17 +61,9 @@ def probe(
 @contextmanager
 def probe_progress() -> Iterator[Progress]:
     """A bar on a terminal for what `dipnet.eval.probe.probe` says of its progress."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import TimeElapsedColumn
 
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    )
-    with bar:
+    with progress_bar(TimeElapsedColumn()) as bar:
         task = bar.add_task("", total=1.0)
         yield lambda what, share: bar.update(task, description=what, completed=share)
 

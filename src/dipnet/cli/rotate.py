@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from dipnet.cli.allocate import LearnedText, fit_inputs
 from dipnet.cli.console import err, out, print_json
-from dipnet.cli.inputs import check_window
-from dipnet.cli.options import Checkpoint, Device, Dtype, Json, Window
+from dipnet.cli.inputs import check_window, fit_inputs
+from dipnet.cli.options import Checkpoint, Device, Dtype, Json, LearnedText, Tokens, Window
 from dipnet.errors import InputError
 
 SCHEMA = "dipnet.rotate/1"
@@ -22,9 +21,7 @@ def rotate(
     ],
     model: Checkpoint = None,
     text: LearnedText = None,
-    tokens: Annotated[
-        int, typer.Option(min=1, help="Use at most so many tokens of the text")
-    ] = 32_768,
+    tokens: Tokens = 32_768,
     window: Window = None,
     device: Device = "auto",
     dtype: Dtype = "auto",

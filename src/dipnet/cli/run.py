@@ -358,11 +358,16 @@ def _summarise(
     """The figures on stderr, so that stdout holds the text alone."""
     from rich.table import Table
 
+    from dipnet.eval.report import OWN_ALLOCATION
+
     made, density = outcome.made, outcome.density
     speed = made.tokens_per_second
     asked = getattr(method, "density", None)
+    divided = getattr(method, "allocated", None) and "allocation" not in request.options
     rows = {
-        "method": request.label + (f", density {asked:g}" if asked else ""),
+        "method": request.label
+        + (f", density {asked:g}" if asked else "")
+        + (OWN_ALLOCATION if divided else ""),
         "tokens": f"{made.prompt_tokens} of the prompt, {made.new_tokens} new",
         "prompt": f"{made.prompt_seconds:.2f} s",
         "decoding": f"{speed:.1f} tokens/s" if speed else "a single token: no rate",

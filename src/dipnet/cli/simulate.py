@@ -14,6 +14,7 @@ from dipnet.cli.grid import DEFAULT_DEVICE, grid_of, numbers
 from dipnet.cli.inputs import calibration_text, calibration_tokens, load, tokens_of
 from dipnet.cli.methods import MethodRequest, parse_method, unique
 from dipnet.cli.options import FLAG, METHOD_HELP, Calibration, Json, Window
+from dipnet.cli.progress import window_progress
 from dipnet.cli.streamed import Kind
 from dipnet.cli.texts import (
     Bos,
@@ -321,8 +322,6 @@ def _check_checkpoint(source: str | None) -> None:
 
 def _collect(simulator: Simulator, jobs: Sequence[Job]) -> list[Outcome | Refusal]:
     """The rows of a simulation, with a progress bar."""
-    from dipnet.cli.sweeping import window_progress
-
     windows = simulator.setting.count(simulator.tokens)
     with window_progress() as bar:
         task = bar.add_task("", total=simulator.evaluations(jobs) * windows)

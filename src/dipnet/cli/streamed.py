@@ -183,9 +183,9 @@ class Streaming:
                 memory=self.memory,
                 cache=self.cache,
                 context=context,
-                policy=self.policy or DEFAULT_POLICY,
+                policy=self.policy,
                 prefill=prefill,
-                look_ahead=self.look_ahead,
+                look_ahead=None if self.look_ahead else False,
                 plan=self.plan,
                 device=self.device,
             )

@@ -7,9 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from dipnet.cli.console import err, out
+from dipnet.cli.console import out
+from dipnet.cli.progress import window_progress
 from dipnet.errors import InputError
 
 if TYPE_CHECKING:
@@ -138,17 +137,3 @@ def _check_any(found: Sequence[Job | Row]) -> None:
 
 def _named(job: Job) -> str:
     return job.label if job.density is None else f"{job.label} at {job.density:g}"
-
-
-def window_progress() -> Progress:
-    """A bar in windows of text, on a terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} windows"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    )

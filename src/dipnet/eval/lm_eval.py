@@ -17,7 +17,7 @@ from typing import Any
 from dipnet.errors import DipnetError, InputError
 from dipnet.methods.base import Method
 from dipnet.methods.request import parse_method
-from dipnet.models.attach import sparsify, usage
+from dipnet.models.attach import attached_method, sparsify, usage
 from dipnet.models.load import DEFAULT_MODEL, LoadedModel, load_model, load_tokenizer
 from dipnet.models.recording import method_text
 from dipnet.streaming.load import load
@@ -77,23 +77,23 @@ class DipnetLM(HFLM):
     ) -> None:
         of_harness = {name: options.pop(name) for name in HARNESS_OPTIONS if name in options}
         packed = {name: options.pop(name) for name in PACKED_OPTIONS if name in options}
-        self.sparse_method = requested(method, density, options)
+        asked = requested(method, density, options)
         self.packed = bool(packed) or is_store(pretrained)
         if self.packed:
             for option, value in (("device", device), ("dtype", dtype), ("backend", backend)):
                 if value not in (None, "auto", "cpu"):
                     raise InputError(f"{option} has no effect on a packed model: leave it out")
-            loaded = _streamed(pretrained, self.sparse_method, packed)
+            loaded = _streamed(pretrained, asked, packed)
         else:
             loaded = load_model(pretrained, device=device or "auto", dtype=dtype)
-            sparsify(loaded.model, self.sparse_method, backend=backend)
+            sparsify(loaded.model, asked, backend=backend)
         super().__init__(loaded.model, tokenizer=loaded.tokenizer, **of_harness)
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside its results: the method, and the densities measured."""
         density = asdict(usage(self.model).density())
         counted = {name: density[name] for name in ("tokens", "mlp", "attention", "total", "added")}
-        about = {"method": method_text(self.sparse_method), "density": counted}
+        about = {"method": method_text(attached_method(self.model)), "density": counted}
         # Of a packed model the harness would count parameters that are not there.
         known = {} if self.packed else super().get_model_info()
         return {**known, "dipnet": about}

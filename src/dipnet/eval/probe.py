@@ -56,9 +56,10 @@ def probe(folder: Path, name: str, progress: Progress) -> Device:
         reading = probe_reads(file)
         progress("memory", 0.5)
         bandwidth = _dram_bandwidth()
-        steps = decoding_costs(
+        steps, factor = decoding_costs(
             scratch, products, reading, lambda s: progress("decoding", 0.5 + 0.5 * s)
         )
+        products = {kind: _slower(points, factor) for kind, points in products.items()}
     return Device(
         name=name,
         description=_description(folder),
@@ -109,6 +110,16 @@ def _products(file: Path, progress: Progress) -> dict[Weights, tuple[Product, ..
         progress("kernels", 0.3 + 0.2 * number / len(WEIGHTS))
         made[weights] = probe_products(file, weights)
     return made
+
+
+def _slower(points: tuple[Product, ...], factor: float) -> tuple[Product, ...]:
+    """Products that take so many times as long."""
+    return tuple(
+        point.model_copy(
+            update={"column": point.column * factor, "bandwidth": point.bandwidth / factor}
+        )
+        for point in points
+    )
 
 
 def _dram_bandwidth() -> float:

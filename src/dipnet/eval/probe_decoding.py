@@ -7,11 +7,11 @@ threads are as asleep, as they are between a model's operations.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -20,15 +20,17 @@ from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from dipnet.eval.generate import Generation, generate
+from dipnet.methods.dense import Dense
 from dipnet.methods.dip import DIP
 from dipnet.models.load import DEFAULT_MODEL, LoadedModel, load_tokenizer
 from dipnet.pack.packing import pack
-from dipnet.sim.device import Product, columns_cost
-from dipnet.sim.walk import parts
+from dipnet.sim.device import PerUnit, Product, columns_cost
+from dipnet.sim.walk import late, parts
 from dipnet.store.geometry import Weights
 from dipnet.store.index import Index, read_index
 from dipnet.streaming.attach import natively_streamed
 from dipnet.streaming.budget import CACHED
+from dipnet.streaming.engine import default_threads
 from dipnet.streaming.load import load
 from dipnet.streaming.probe_reads import ReadCosts
 from dipnet.streaming.probe_records import fitted
@@ -36,13 +38,14 @@ from dipnet.streaming.probe_records import fitted
 
 @dataclass(frozen=True)
 class Sample:
-    """A random decoder and a text to measure."""
+    """A random decoder and a text to measure; ``streamed``: with masks and with caches, too."""
 
     width: int
     neurons: int
     layers: int
     vocabulary: int
     prompt: int
+    streamed: bool = False
 
     @property
     def terms(self) -> tuple[float, ...]:
@@ -63,14 +66,19 @@ class Sample:
 
 SAMPLES = (
     Sample(256, 1024, 2, 8192, 16),
-    Sample(256, 1024, 8, 8192, 16),
-    Sample(1024, 4096, 2, 8192, 16),
+    Sample(256, 1024, 8, 8192, 16, streamed=True),
+    Sample(512, 2048, 8, 8192, 16, streamed=True),
     Sample(256, 1024, 2, 65536, 16),
     Sample(256, 1024, 8, 8192, 512),
 )
-"""The differences: layers, width, vocabulary, tokens that attention reads."""
-NEW_TOKENS = 24
-TRIES = 4
+"""The differences: layers, width, vocabulary, tokens that attention reads.
+
+Those of eight layers cost more than four times those of two: caches are colder.
+"""
+NEW_TOKENS = 12
+LONGEST_WAKE = 3e-4
+"""Seconds; more is no waking: products are slower as a whole."""
+TRIES = 5
 """Of each text that is generated; one more before them warms up."""
 KEPT = 0.5
 HEAD_SIZE = 64
@@ -90,15 +98,17 @@ class StepCosts:
     logit: float
     key: float
     call: float
-    selection: float
-    unit: float
-    exchange: float
-    guess: float
+    threads: int
+    wake: float
+    selection: PerUnit
+    exchange: PerUnit
+    streaming: PerUnit
+    guess: PerUnit
 
 
 @dataclass(frozen=True)
 class _Timed:
-    """A sample's token: seconds in all, of the model without waiting, for masks, of products.
+    """A sample's token: seconds in all, of the model without waiting, of products.
 
     ``kernels`` by their group's name; it takes so many ``reads``, ``records`` and their ``bytes``,
     and products in ``parts`` more than one.
@@ -106,17 +116,21 @@ class _Timed:
 
     total: float
     working: float
-    selection: float
     reads: float
     records: float
     bytes: float
     parts: float
     kernels: Mapping[str, float]
 
-    def reading(self, costs: ReadCosts, call: float) -> float:
-        """Seconds of the processor's work on reads, as far as it is known."""
+    @property
+    def besides_products(self) -> float:
+        """``total`` without the kernels."""
+        return self.total - sum(self.kernels.values())
+
+    def working_besides(self, costs: ReadCosts, call: float) -> float:
+        """``working`` without what reads are known to take of it."""
         each = self.reads * (costs.submit + costs.land) + self.records * (costs.ask + costs.take)
-        return each + self.bytes / costs.check + self.parts * call
+        return self.working - each - self.bytes / costs.check - self.parts * call
 
 
 def decoding_costs(
@@ -124,47 +138,73 @@ def decoding_costs(
     products: Mapping[Weights, tuple[Product, ...]],
     reads: ReadCosts,
     progress: Progress,
-) -> StepCosts:
-    """Make the samples in a folder, let them generate, and divide what their tokens take."""
-    made = [_made(folder / str(at), sample) for at, sample in enumerate(SAMPLES)]
-    decoders = [_decoders(*each) for each in made]
-    _generate_in_turn(decoders, progress)
-    timed = [[decoder.timed() for decoder in each] for each in decoders]
-    held = [memory for memory, *_ in timed]
-    calls: list[float] = []
-    for (_, store), memory in zip(made, held, strict=True):
-        calls += _calls(read_index(store), memory, products[WEIGHTS])
-    call = max(0.0, median(calls))
-    exchanges: list[float] = []
-    guesses: list[float] = []
-    for sample, (memory, alone, ahead) in zip(SAMPLES, timed, strict=True):
-        alone_more = alone.working - alone.reading(reads, call)
-        exchanges.append((alone_more - memory.working) / sample.masks)
-        ahead_more = ahead.working - ahead.reading(reads, call)
-        guesses.append((ahead_more - alone_more - memory.selection) / sample.masks)
-    others = [max(t.total - t.selection - sum(t.kernels.values()), 1e-9) for t in held]
+) -> tuple[StepCosts, float]:
+    """Make the samples in a folder, let them generate, and divide what their tokens take.
+
+    Also how many times as long as ``products`` say theirs took: a machine's speed changes, and
+    decoders are measured longer.
+    """
+    decoders = [_decoders(*_made(folder / str(at), sample)) for at, sample in enumerate(SAMPLES)]
+    _generate_in_turn([decoder for each in decoders for decoder in each.values()], progress)
+    timed = [{name: d.timed() for name, d in each.items()} for each in decoders]
+    pairs = [
+        pair
+        for each, found in zip(decoders, timed, strict=True)
+        for name in ("dense", "memory")
+        if name in each
+        for pair in each[name].products(found[name], products[WEIGHTS])
+    ]
+    threads = default_threads()
+    wake, call, factor = between_operations(pairs, threads)
+    others = [max(found["dense"].besides_products, 1e-9) for found in timed]
     token, layer, number, logit, key = fitted([sample.terms for sample in SAMPLES], others)
-    counts = [(sample.masks, sample.units) for sample in SAMPLES]
-    selection, unit = fitted(counts, [t.selection for t in held])
-    exchange, guess = (max(0.0, median(costs)) for costs in (exchanges, guesses))
-    return StepCosts(token, layer, number, logit, key, call, selection, unit, exchange, guess)
+    streamed = [each for each in zip(SAMPLES, timed, strict=True) if each[0].streamed]
+    more: dict[str, list[float]] = {name: [] for name in ("masks", "alone", "dense alone", "ahead")}
+    for _, found in streamed:
+        besides = {name: t.working_besides(reads, call) for name, t in found.items()}
+        masks = found["memory"].besides_products - found["dense"].besides_products
+        more["masks"].append(masks)
+        more["alone"].append(besides["alone"] - besides["memory"])
+        more["dense alone"].append(besides["dense alone"] - besides["dense"])
+        more["ahead"].append(besides["ahead"] - besides["alone"] - masks)
+    each = (_per_unit([sample for sample, _ in streamed], seconds) for seconds in more.values())
+    costs = StepCosts(token, layer, number, logit, key, call, threads, wake, *each)
+    return costs, factor
+
+
+def _per_unit(samples: Sequence[Sample], seconds: Sequence[float]) -> PerUnit:
+    """What the seconds of a token are, for each mask and each of its units."""
+    counts = [(sample.masks, sample.units) for sample in samples]
+    mask, unit = fitted(counts, [max(s, 1e-9) for s in seconds])
+    return mask, unit
+
+
+def between_operations(
+    pairs: Sequence[tuple[float, float]], threads: int
+) -> tuple[float, float, float]:
+    """What products in decoders take more than in a loop, of seconds (in a loop, in a decoder).
+
+    Seconds until sleeping threads ``wake``, and of each ``call``; both besides a factor. Found by
+    trying: the least sum of absolute logarithms of the ratios.
+    """
+    loop, real = np.array(pairs).T
+    best = (np.inf, 0.0, 0.0, 1.0)
+    for factor in np.geomspace(0.5, 2, 57).tolist():
+        work = factor * loop
+        share = 1 - 1 / threads
+        wakes = np.clip((real - work) / share, 0, LONGEST_WAKE) if share else np.zeros(1)
+        for wake in {0.0, *wakes.tolist()}:
+            known = work + late(work, wake, threads)
+            call = max(0.0, float(np.median(real - known)))
+            error = float(np.abs(np.log((known + call) / real)).sum())
+            best = min(best, (error, wake, call, factor))
+    return best[1:]
 
 
 def _made(folder: Path, sample: Sample) -> tuple[Sample, Path]:
     """A sample and its store."""
     pack(str(_checkpoint(folder / "model", sample)), folder / "store", WEIGHTS)
     return sample, folder / "store"
-
-
-def _calls(index: Index, timed: _Timed, products: tuple[Product, ...]) -> Iterator[float]:
-    """What a product of each group takes beyond its columns."""
-    kept = {group.key: KEPT if group.name in CACHED else 1.0 for group in index.groups}
-    working = sum(kept[group.key] * group.bytes for group in index.groups)
-    column, byte = columns_cost(products, working)
-    for name, seconds in timed.kernels.items():
-        groups = [group for group in index.groups if group.name == name]
-        columns = kept[groups[0].key] * groups[0].channels
-        yield seconds / len(groups) - columns * (column + byte * groups[0].stride)
 
 
 def _half(index: Index) -> int:
@@ -179,16 +219,23 @@ class _Decoder:
     """
 
     def __init__(
-        self, sample: Sample, store: Path, cache: int | None = None, *, look_ahead: bool = False
+        self,
+        sample: Sample,
+        store: Path,
+        cache: int | None = None,
+        *,
+        kept: float = KEPT,
+        look_ahead: bool = False,
     ) -> None:
-        method = DIP(input_density=KEPT, hidden_density=KEPT)
+        method = DIP(input_density=kept, hidden_density=kept) if kept < 1 else Dense()
         context = sample.prompt + NEW_TOKENS
         model = load(store, method, cache=cache, context=context, look_ahead=look_ahead)
         natively_streamed(model).worth.always()
         self.loaded = LoadedModel("probe", model, load_tokenizer(DEFAULT_MODEL), WEIGHTS)
         self.prompt = torch.arange(3, 3 + sample.prompt)[None]
-        groups = read_index(store).groups
-        self.names: list[str] = list(dict.fromkeys(group.name for group in groups))
+        self.index = read_index(store)
+        self.kept = kept
+        self.names: list[str] = list(dict.fromkeys(group.name for group in self.index.groups))
         self.whole = cache is None
         self.totals: list[float] = []
         self.calls: list[NDArray[np.float64]] = []
@@ -206,31 +253,46 @@ class _Decoder:
         self.totals, self.calls = [], []
 
     def timed(self) -> _Timed:
-        """The medians of all tokens."""
-        seconds, wait, *rest = np.array(self.calls).T
-        selection, reads, records, size, more, *kernels = (float(np.median(r)) for r in rest)
+        """The means of all tokens: what a text takes is their sum."""
+        seconds, wait, *rest = np.array(self.calls).mean(axis=0).tolist()
+        reads, records, size, more, *kernels = rest
         by_name = dict(zip(self.names, kernels, strict=True))
-        working = float(np.median(seconds - wait))
-        total = median(self.totals or [0.0])
-        return _Timed(total, working, selection, reads, records, size, more, by_name)
+        total = mean(self.totals or [0.0])
+        return _Timed(total, seconds - wait, reads, records, size, more, by_name)
+
+    def products(
+        self, timed: _Timed, products: tuple[Product, ...]
+    ) -> Iterator[tuple[float, float]]:
+        """Seconds of a product of each group: those of its columns in a loop, and here."""
+        kept = {g.key: self.kept if g.name in CACHED else 1.0 for g in self.index.groups}
+        working = sum(kept[group.key] * group.bytes for group in self.index.groups)
+        column, byte = columns_cost(products, working)
+        for name, seconds in timed.kernels.items():
+            groups = [group for group in self.index.groups if group.name == name]
+            columns = kept[groups[0].key] * groups[0].channels
+            yield columns * (column + byte * groups[0].stride), seconds / len(groups)
 
     def _text(self) -> Generation:
         return generate(self.loaded, self.prompt, max_new_tokens=NEW_TOKENS)
 
 
-def _decoders(sample: Sample, store: Path) -> list[_Decoder]:
-    """With everything in memory, with a cache, and with one that is filled ahead."""
-    cache = _half(read_index(store))
-    alone, ahead = (_Decoder(sample, store, cache, look_ahead=on) for on in (False, True))
-    return [_Decoder(sample, store), alone, ahead]
+def _decoders(sample: Sample, store: Path) -> dict[str, _Decoder]:
+    """Dense in memory; where it is streamed, with a cache, with masks, both, one filled ahead."""
+    made = {"dense": _Decoder(sample, store, kept=1.0)}
+    if sample.streamed:
+        cache = _half(read_index(store))
+        made["memory"] = _Decoder(sample, store)
+        made["alone"] = _Decoder(sample, store, cache)
+        made["dense alone"] = _Decoder(sample, store, cache, kept=1.0)
+        made["ahead"] = _Decoder(sample, store, cache, look_ahead=True)
+    return made
 
 
-def _generate_in_turn(decoders: list[list[_Decoder]], progress: Progress) -> None:
+def _generate_in_turn(decoders: list[_Decoder], progress: Progress) -> None:
     """Let all generate, one after the other in every round: a machine's speed changes with time."""
-    every = [decoder for each in decoders for decoder in each]
     for number in range(1 + TRIES):
-        for at, decoder in enumerate(every):
-            progress((number + at / len(every)) / (1 + TRIES))
+        for at, decoder in enumerate(decoders):
+            progress((number + at / len(decoders)) / (1 + TRIES))
             if number == 1:
                 decoder.forget()
             decoder.generate()
@@ -258,7 +320,7 @@ def _watched(model: PreTrainedModel, names: list[str]) -> Iterator[list[NDArray[
 
 
 def _spent(model: PreTrainedModel, names: list[str]) -> list[float]:
-    """So far: seconds of waiting and for masks; reads, records, bytes, parts; kernels by name."""
+    """So far: seconds of waiting; reads, records, bytes, parts; seconds of kernels by name."""
     attached = natively_streamed(model)
     kernels = dict.fromkeys(names, 0.0)
     wait = records = size = made = 0.0
@@ -271,7 +333,7 @@ def _spent(model: PreTrainedModel, names: list[str]) -> list[float]:
         if not group.held:
             made += float(parts(totals["hits"], totals["misses"]))
     reads = attached.engine.reader_totals()["reads"]
-    return [wait, attached.seconds.selection, reads, records, size, made, *kernels.values()]
+    return [wait, reads, records, size, made, *kernels.values()]
 
 
 def _checkpoint(folder: Path, sample: Sample) -> Path:

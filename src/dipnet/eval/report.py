@@ -35,6 +35,8 @@ CACHE_COLUMN = "hits"
 """The share of the weights asked for that a cache held, where there is one."""
 READ_COLUMN = "MiB/token"
 """What a token of a packed model reads from disk."""
+OWN_ALLOCATION = ", the store's allocation"
+"""Stands behind a method whose density is divided by what its store brought."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def table(report: Report) -> Table:
         made.add_column(column, justify="right", no_wrap=True)
     for row in report.rows:
         cells = _cells(row, report.dense.perplexity.perplexity)
-        made.add_row(row.label, *cells, *(cell(row) for cell in extra.values()))
+        made.add_row(_name(row), *cells, *(cell(row) for cell in extra.values()))
     return made
 
 
@@ -95,6 +97,11 @@ def _extra_columns(report: Report) -> dict[str, Callable[[Row], str]]:
     if report.held:
         return {CACHE_COLUMN: _hits, READ_COLUMN: _read}
     return {CACHE_COLUMN: _hits} if report.setting.cache else {}
+
+
+def _name(row: Row) -> str:
+    used = row.measured and row.measured.store
+    return row.label + OWN_ALLOCATION if used and used.own_allocation else row.label
 
 
 def _cells(row: Row, dense: float) -> list[str]:

@@ -31,6 +31,7 @@ from dipnet.models.families import describe
 from dipnet.streaming.attach import natively_streamed, streamed
 from dipnet.streaming.budget import cached_names, size_text
 from dipnet.streaming.load import load, stats
+from dipnet.streaming.methods import takes_allocation
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,12 @@ def _row(
         resolved_parameters(streamed(model).method, describe(model)),
         seconds=time.perf_counter() - begun,
         fit_seconds=0.0,
-        store=_use(model),
+        store=_use(model, method),
     )
     return Row(job.label, job.density, measured)
 
 
-def _use(model: PreTrainedModel) -> StoreUse:
+def _use(model: PreTrainedModel, method: Method) -> StoreUse:
     """What the counts of the sites that may be streamed mean for a token that is decoded."""
     attached, counted = natively_streamed(model), stats(model)
     index = attached.engine.index
@@ -136,4 +137,5 @@ def _use(model: PreTrainedModel) -> StoreUse:
         hit_rates={name: counted.sites[name].hit_rate for name in names},
         hit_rate=1 - missed / wanted,
         bytes_per_token=missed,
+        own_allocation=takes_allocation(method, index),
     )

@@ -102,12 +102,14 @@ class StoreUse:
 
     ``hit_rates`` maps each kind of site that may be streamed to the share of wanted records that
     were in memory; ``hit_rate`` is the share of their bytes. ``bytes_per_token`` are those of the
-    records that were missed.
+    records that were missed. ``own_allocation`` says whether the store's allocation divided the
+    density.
     """
 
     hit_rates: dict[str, float | None]
     hit_rate: float
     bytes_per_token: float
+    own_allocation: bool
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, Field, JsonValue, model_validator
 
-from dipnet.described import Described
+from dipnet.described import CLOSED, Described, Size, Word
 from dipnet.errors import InputError
 from dipnet.files import write_file
 from dipnet.methods.base import SiteKey
@@ -26,12 +26,11 @@ VERSION = 1
 REMEDY = "make one with `dipnet fit allocation MODEL --out FILE`"
 ATTENTION_SITES = {"attn.in": ("q", "k", "v"), "attn.out": ("o",)}
 MLP_SITES = ("mlp.in", "mlp.hidden")
+NO_ALLOCATION = "none"
+"""In the place of a file: densities are divided as usual, on a store with an allocation too."""
 BUDGET_ERROR = 1e-3
 """How far the sites' densities may be from the density that they stand for: they are rounded."""
 
-_STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-_Size = Annotated[int, Field(ge=1, lt=2**31)]
-_Word = Annotated[str, Field(min_length=1, max_length=200)]
 _Share = Annotated[float, Field(gt=0, le=1)]
 _Name = Literal["attn.in", "attn.out", "mlp.in", "mlp.hidden"]
 
@@ -39,12 +38,12 @@ _Name = Literal["attn.in", "attn.out", "mlp.in", "mlp.hidden"]
 class Shapes(BaseModel):
     """The shapes of the model that something was fitted on: its identity."""
 
-    model_config = _STRICT
+    model_config = CLOSED
 
-    family: _Word
-    activation: _Word
+    family: Word
+    activation: Word
     layers: Annotated[int, Field(ge=1, le=4096)]
-    matrices: dict[_Word, tuple[_Size, _Size]]
+    matrices: dict[Word, tuple[Size, Size]]
 
     @classmethod
     def of(cls, spec: ModelSpec) -> Self:
@@ -93,7 +92,7 @@ class Point(BaseModel):
     ``sites`` gives each site's share of units, layer by layer.
     """
 
-    model_config = _STRICT
+    model_config = CLOSED
 
     density: Annotated[float, Field(gt=0, lt=1)]
     sites: dict[_Name, list[_Share]]
@@ -102,7 +101,7 @@ class Point(BaseModel):
 class Allocation(BaseModel):
     """What such a file holds; ``fit`` is what is known of how it was found, for people."""
 
-    model_config = _STRICT
+    model_config = CLOSED
 
     format: Literal["dipnet-allocation"] = "dipnet-allocation"
     version: Literal[1] = 1
@@ -178,14 +177,33 @@ class Allocation(BaseModel):
         """Raise InputError, naming both, when this is another model's."""
         self.model.check(spec, "this allocation is")
 
+    @property
+    def text(self) -> str:
+        """What its file holds."""
+        return self.model_dump_json(indent=1) + "\n"
+
     def save(self, path: str | Path) -> None:
         """Write the file, whole or not at all; InputError when that fails."""
-        write_file(Path(path), self.model_dump_json(indent=1) + "\n")
+        write_file(Path(path), self.text)
 
     @classmethod
     def load(cls, path: str | Path) -> Allocation:
         """The allocation in a file; InputError, in one line, when it is none."""
         return _FILES.read(Path(path))
+
+    @classmethod
+    def given(cls, value: str | Path | Allocation | None) -> Allocation | None:
+        """What an argument stands for: itself, the allocation in a file, or none at all.
+
+        Raises InputError for anything else.
+        """
+        if value is None or value == NO_ALLOCATION:
+            return None
+        if isinstance(value, str | Path):
+            return cls.load(value)
+        if isinstance(value, Allocation):
+            return value
+        raise InputError(f"allocation is a file of dipnet fit allocation, not {value!r}")
 
     @classmethod
     def of(
@@ -198,18 +216,17 @@ class Allocation(BaseModel):
         return cls(
             model=Shapes.of(spec),
             points=[
-                Point(density=density, sites=_by_name(points[density]))
-                for density in sorted(points)
+                Point(density=density, sites=by_name(points[density])) for density in sorted(points)
             ],
             fit=dict(fit),
         )
 
 
-def _by_name(densities: Mapping[SiteKey, float]) -> dict[Any, list[float]]:
-    """Densities by site -> by the site's name, a list over the layers."""
+def by_name(numbers: Mapping[SiteKey, float]) -> dict[Any, list[float]]:
+    """Numbers by site -> by the site's name, a list over the layers; rounded to six digits."""
     found: dict[Any, list[float]] = {}
-    for (_layer, name), density in sorted(densities.items()):
-        found.setdefault(name, []).append(round(density, 6))
+    for (_layer, name), number in sorted(numbers.items()):
+        found.setdefault(name, []).append(round(number, 6))
     return found
 
 

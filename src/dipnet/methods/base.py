@@ -69,8 +69,10 @@ class Calibration(Protocol):
     def weights(self) -> Weights:
         """Read access to the model's matrices."""
 
-    def scores(self, method: Method) -> Mapping[SiteKey, Scores]:
-        """The distribution of ``method``'s scores at each of its sites, in the dense model."""
+    def scores(self, method: Method, masked: bool = False) -> Mapping[SiteKey, Scores]:
+        """The distribution of ``method``'s scores at each of its sites, in the dense model; or
+        ``masked``, in the one that it thins.
+        """
 
     def blocks(self, tokens: int) -> Iterator[Block]:
         """The blocks in order of computation, over about ``tokens`` tokens of the text."""

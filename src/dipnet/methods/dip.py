@@ -42,9 +42,10 @@ class DIP(TopK):
 
     ``allocation`` is the file of `dipnet fit allocation`, or what `Allocation.load` read: each
     site of each layer then has a density of its own, and ``density`` is the share of the weights of
-    all its sites, attention's among them if it has any. ``scores`` is the file of
-    `dipnet fit scores`, or what `Factors.load` read: what magnitudes are multiplied with before
-    they are compared. They are read for every token and are counted.
+    all its sites, attention's among them if it has any. A store may bring an allocation for
+    methods that do not say how their density is divided: "none" is without it. ``scores`` is the
+    file of `dipnet fit scores`, or what `Factors.load` read: what magnitudes are multiplied with
+    before they are compared. They are read for every token and are counted.
 
     ``cache_aware`` is the paper's γ in (0, 1] (DIP-CA): where a cache says which units are in
     memory, the scores of the others are multiplied with it before the top-k, so a lower value
@@ -89,13 +90,9 @@ class DIP(TopK):
         for option in ("allocation", "scores"):
             if isinstance(given := getattr(self, option), Path):
                 object.__setattr__(self, option, str(given))  # told where settings are told
-        allocation, scores = self.allocation, self.scores
-        if isinstance(allocation, str):
-            allocation = Allocation.load(allocation)
+        allocation, scores = Allocation.given(self.allocation), self.scores
         if isinstance(scores, str):
             scores = Factors.load(scores)
-        if not isinstance(allocation, Allocation | None):
-            raise InputError(f"allocation is a file of dipnet fit allocation, not {allocation!r}")
         if not isinstance(scores, Factors | None):
             raise InputError(f"scores is a file of dipnet fit scores, not {scores!r}")
         object.__setattr__(self, "allocated", allocation)
@@ -128,6 +125,13 @@ class DIP(TopK):
             raise InputError(f"split must be a number above 0, got {split!r}")
         if self.density is None:
             raise InputError("split goes with density, not with input_density and hidden_density")
+
+    @property
+    def has_own_division(self) -> bool:
+        """Whether it says how its density is divided: by both masks' densities, by a split, by an
+        allocation or by none.
+        """
+        return self.density is None or self.split is not None or self.allocation is not None
 
     def densities(self, spec: ModelSpec) -> tuple[float, float]:
         """The input mask's and the hidden mask's density on a model of shape ``spec``: the same in

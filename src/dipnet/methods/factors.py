@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, JsonValue
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dipnet.described import Described
+from dipnet.described import CLOSED, Described
 from dipnet.errors import InputError
 from dipnet.files import write_file
 from dipnet.methods.allocation import Shapes
@@ -35,7 +35,7 @@ KEY = "dipnet"
 class Header(BaseModel):
     """What a file of factors says of itself; ``fit`` is what is known of the fit, for people."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = CLOSED
 
     format: Literal["dipnet-scores"] = "dipnet-scores"
     version: Literal[1] = 1

@@ -7,7 +7,6 @@ holds them; the key ``dipnet`` of its metadata says, as JSON, what they were fit
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,12 +14,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dipnet.errors import InputError, complaint
+from dipnet.described import Described, Size, Word
+from dipnet.errors import InputError
 from dipnet.files import write_file
 from dipnet.units import LOOK_AHEADS, ModelSpec
 
@@ -30,10 +30,11 @@ Activation = Literal["none", "relu"]
 """What stands between a predictor's two matrices."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+FORMAT = "dipnet-predictors"
+VERSION = 1
+REMEDY = "fit some with `dipnet fit predictors MODEL --out FILE`"
 KEY = "dipnet"
 _PARTS = ("w1", "b1", "w2", "b2")
-_Size = Annotated[int, Field(ge=1, lt=2**31)]
-_Word = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class PredictedModel(BaseModel):
@@ -41,12 +42,12 @@ class PredictedModel(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
-    family: _Word
-    activation: _Word
-    layers: _Size
-    width: _Size
-    neurons: _Size
-    heads: _Size
+    family: Word
+    activation: Word
+    layers: Size
+    width: Size
+    neurons: Size
+    heads: Size
 
     @classmethod
     def of(cls, spec: ModelSpec) -> PredictedModel:
@@ -210,15 +211,16 @@ class Predictors:
         path = Path(path)
         if not path.is_file():
             found = "is no file" if path.exists() else "does not exist"
-            raise InputError(
-                f"the predictors {path} {found}: fit some with dipnet fit predictors --out FILE"
-            )
+            raise InputError(f"the predictors {path} {found}: {REMEDY}")
         try:
             with safe_open(path, framework="pt") as file:
-                header = _header(path, file.metadata())
+                said = (file.metadata() or {}).get(KEY, "{}")
+                header = _HEADERS.parse(said.encode(), str(path))
                 layers = {kind: _read(path, file, kind, header) for kind in header.kinds}
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{path} holds no predictors, or is damaged: {error}") from None
+            raise InputError(
+                f"{path} holds no predictors, or is damaged: {error}; {REMEDY}"
+            ) from None
         try:
             return cls(
                 model=header.model,
@@ -229,28 +231,7 @@ class Predictors:
                 source=str(path),
             )
         except InputError as error:
-            raise InputError(f"{path} is damaged: {error}") from None
-
-
-def _header(path: Path, metadata: Mapping[str, str] | None) -> Header:
-    """What a file says of itself; InputError for the file of something else."""
-    try:
-        said = json.loads((metadata or {}).get(KEY, "null"))
-    except ValueError:
-        said = None
-    if not isinstance(said, dict) or said.get("format") != "dipnet-predictors":
-        raise InputError(
-            f"{path} holds no predictors: dipnet fit predictors writes such files"
-        ) from None
-    if said.get("version") != 1:
-        raise InputError(
-            f"{path} holds predictors of version {said.get('version')!r}, and this dipnet reads "
-            "version 1: fit them again"
-        )
-    try:
-        return Header.model_validate_json(json.dumps(said))
-    except ValidationError as error:
-        raise InputError(f"{path} is damaged: {complaint(error)}") from None
+            raise InputError(f"{path} is damaged: {error}; {REMEDY}") from None
 
 
 def _read(path: Path, file: Any, kind: Kind, header: Header) -> list[Predictor]:
@@ -268,3 +249,6 @@ def _read(path: Path, file: Any, kind: Kind, header: Header) -> list[Predictor]:
             parts.append(tensor.float())
         found.append(Predictor(*parts))
     return found
+
+
+_HEADERS = Described("file of predictors", FORMAT, VERSION, Header, REMEDY)

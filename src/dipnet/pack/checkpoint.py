@@ -19,7 +19,7 @@ FLOATING = ("BF16", "F16", "F32", "F64")
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 """Files beside the weights that a store takes along: the config and the tokenizer's."""
 INDEX_SUFFIX = ".index.json"
-RESERVED = ("index.json", "progress.json")
+RESERVED = ("index.json", "progress.json", "allocation.json")
 """Names that a store uses itself."""
 
 

@@ -17,12 +17,20 @@ from torch import Tensor
 
 from dipnet import __version__
 from dipnet.errors import InputError
+from dipnet.methods.allocation import Allocation
 from dipnet.pack.partial import Partial
 from dipnet.pack.plan import Block, Plan, make_plan
 from dipnet.pack.records import Packed, Slab, pack_slab, slabs
 from dipnet.registry import unknown
 from dipnet.store.geometry import UNITS, WEIGHTS, Unit, Weights
-from dipnet.store.index import INDEX_NAME, RECORDS_NAME, REST_NAME, Index, read_index
+from dipnet.store.index import (
+    ALLOCATION_NAME,
+    INDEX_NAME,
+    RECORDS_NAME,
+    REST_NAME,
+    Index,
+    read_index,
+)
 
 SECONDS_KEPT = 3.0
 """A killed packing repeats about so much of its work."""
@@ -39,6 +47,7 @@ def pack(
     permutation: Permutation | None = None,
     progress: Progress | None = None,
     unit: Unit = "column",
+    allocation: str | Path | Allocation | None = None,
 ) -> Index:
     """Pack ``source``, a folder, hub id or bundled model, into the new folder ``out``.
 
@@ -52,10 +61,13 @@ def pack(
     decide by channels (DIP); or "neuron", for those that choose neurons before their block (Deja
     Vu), a neuron's rows of gate and up and its column of down together.
 
+    ``allocation``, what `dipnet fit allocation` wrote for this model, becomes a file of the store:
+    it divides the density of methods that run from it and do not say how theirs is divided.
+
     Everything goes to ``out``.partial, which takes the name ``out`` when it is whole. A packing
     that was interrupted goes on where it was when it is called again with the same arguments.
     Memory stays at a few hundred megabytes for any model. Raises InputError when the checkpoint
-    cannot be packed, ``out`` exists, or the disk is full.
+    cannot be packed, the allocation is another model's, ``out`` exists, or the disk is full.
     """
     if weights not in WEIGHTS:
         raise unknown("kind of weights", weights, WEIGHTS)
@@ -63,7 +75,8 @@ def pack(
         raise InputError(f"block must be 'auto' or at least 1, got {block!r}")
     if unit not in UNITS:
         raise unknown("unit", unit, UNITS)
-    plan = make_plan(source, weights, block, unit, _orders(permutation))
+    divided = Allocation.given(allocation)
+    plan = make_plan(source, weights, block, unit, _orders(permutation), divided)
     folder = Path(out).absolute()
     sizes = {RECORDS_NAME: plan.index.records_bytes, REST_NAME: plan.index.rest_bytes}
     with Partial(folder, _arguments(plan), sizes) as partial:
@@ -71,6 +84,8 @@ def pack(
         index = _write_rest(plan, partial)
         for file in plan.checkpoint.side_files():
             partial.add(file.name, file.read_bytes())
+        if divided is not None:
+            partial.add(ALLOCATION_NAME, divided.text.encode())
         partial.add(INDEX_NAME, (index.model_dump_json(indent=1) + "\n").encode())
         partial.finish()
     return read_index(folder)
@@ -149,4 +164,5 @@ def _arguments(plan: Plan) -> dict[str, Any]:
         "unit": plan.index.unit,
         "block": plan.index.neurons.block,
         "permutation": orders.hexdigest(),
+        "allocation": plan.index.allocation_sha256,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dipnet.errors import InputError
+from dipnet.methods.allocation import Allocation
 from dipnet.models.families import Decoder, context_length
 from dipnet.models.load import empty_model, load_config
 from dipnet.pack.checkpoint import Checkpoint
@@ -51,11 +53,18 @@ class Plan:
 
 
 def make_plan(
-    source: str, weights: Weights, block: Block, unit: Unit, orders: Mapping[int, Tensor]
+    source: str,
+    weights: Weights,
+    block: Block,
+    unit: Unit,
+    orders: Mapping[int, Tensor],
+    allocation: Allocation | None,
 ) -> Plan:
-    """The plan of packing ``source``; InputError when it is no checkpoint that can be packed."""
+    """The plan of packing ``source``; InputError when it is no checkpoint that can be packed, or
+    the allocation is another model's.
+    """
     if unit == "neuron":
-        _check_single(block, orders)
+        _check_single(block, orders, allocation)
     config = load_config(source)
     checkpoint = Checkpoint(source)
     decoder = Decoder(empty_model(config))
@@ -66,6 +75,8 @@ def make_plan(
     rest = Rest(scales, names.rest())
     spec = decoder.spec
     _check_orders(orders, spec)
+    if allocation is not None:
+        allocation.check_model(spec)
     index = Index(
         version=VERSIONS[unit],
         weights=weights,
@@ -78,12 +89,19 @@ def make_plan(
         records_bytes=groups[-1].end,
         rest_bytes=rest.size,
         rest_sha256="0" * 64,
+        allocation_sha256=None if allocation is None else _sha256(allocation.text),
         groups=tuple(groups),
     )
     return Plan(checkpoint, index, parts, rest, orders)
 
 
-def _check_single(block: Block, orders: Mapping[int, Tensor]) -> None:
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_single(
+    block: Block, orders: Mapping[int, Tensor], allocation: Allocation | None
+) -> None:
     """Whole neurons are records of their own: nothing is gained from neighbours."""
     if block not in ("auto", 1):
         raise InputError(
@@ -92,6 +110,10 @@ def _check_single(block: Block, orders: Mapping[int, Tensor]) -> None:
     if orders:
         raise InputError(
             "the order of whole neurons has no effect: leave out the permutation, or pack columns"
+        )
+    if allocation is not None:
+        raise InputError(
+            "an allocation divides densities of columns: leave it out, or pack columns"
         )
 
 

@@ -28,6 +28,8 @@ _SETTINGS = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 Positive = Annotated[float, Field(gt=0)]
 Seconds = Annotated[float, Field(ge=0)]
 Bytes = Annotated[int, Field(gt=0, lt=2**62)]
+PerUnit = tuple[Seconds, Seconds]
+"""Seconds of a mask, or of a product, and of each unit of its group."""
 Array = NDArray[np.float64]
 
 
@@ -139,9 +141,10 @@ class EngineCosts(BaseModel):
 
     Of a token: ``token`` and ``logit`` for each entry of the vocabulary. Of a layer: ``layer``,
     ``number`` for each number of its activations (width and neurons), ``key`` for each key or value
-    that attention reads. Of a group's product: ``call``, besides its columns. Of a mask:
-    ``selection``, ``unit``, and ``exchange`` more where records come and go; to guess it ``guess``
-    more, not counting reads. Of a read: ``submit``
+    that attention reads. Of a group's product: ``call``, besides its columns; but one of the
+    ``threads`` computes alone until the others ``wake``. Of a mask: ``selection``, and ``exchange``
+    more where records come and go; to guess it ``guess`` more, not counting reads. Of a product
+    without a mask whose records come and go: ``streaming`` more. Of a read: ``submit``
     until it is on its way and ``land`` when it has come; of a record that is read: ``ask`` and
     ``take``, likewise, and its copy and check at ``check`` bytes/s. ``products`` has points for
     each kind of weights, in the order of ``working_bytes``.
@@ -155,10 +158,12 @@ class EngineCosts(BaseModel):
     number: Seconds
     key: Seconds
     call: Seconds
-    selection: Seconds
-    unit: Seconds
-    exchange: Seconds
-    guess: Seconds
+    threads: Annotated[int, Field(ge=1, lt=2**15)]
+    wake: Seconds
+    selection: PerUnit
+    exchange: PerUnit
+    streaming: PerUnit
+    guess: PerUnit
     submit: Seconds
     land: Seconds
     ask: Seconds

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dipnet.sim.device import EngineCosts, Tier
+from dipnet.sim.device import EngineCosts, PerUnit, Tier
 from dipnet.sim.groups import HEAD, Array, Group, Key
 from dipnet.sim.shape import ModelShape
 from dipnet.store.geometry import Weights
@@ -21,6 +21,14 @@ HELD = 256
 """Records in memory that it multiplies together while others arrive."""
 RECALL = 0.7
 """Share of the guesses that are right, where nobody measured it."""
+
+
+def late(work: Array | float, wake: float, threads: int) -> Array:
+    """Seconds that products of ``work`` seconds of all threads take more, when all but one sleep.
+
+    Until the others ``wake``, one computes alone.
+    """
+    return np.asarray((1 - 1 / threads) * np.minimum(wake, threads * np.asarray(work)))
 
 
 def parts(hits: Array, misses: Array) -> Array:
@@ -99,7 +107,11 @@ class Walk:
         return taken + sum(self._all_held(group) for group in inside) + self._selecting(reads)
 
     def _selecting(self, group: Group) -> float:
-        return self.costs.selection + self.costs.unit * group.units if group.masked else 0.0
+        return _of(self.costs.selection, group) if group.masked else 0.0
+
+    def _late(self, group: Group) -> Array:
+        work = self._multiplying(group, group.hits + group.misses, self.held)
+        return late(work, self.costs.wake, self.costs.threads)
 
     def _calling(self, group: Group) -> Array | float:
         """A product besides its columns, in parts where records arrive or the order counts."""
@@ -108,7 +120,7 @@ class Walk:
         return self.costs.call * (1 + (parts(group.hits, group.misses) if group.streamed else 0.0))
 
     def _guessing(self, group: Group) -> float:
-        return self._selecting(group) + self.costs.guess
+        return self._selecting(group) + _of(self.costs.guess, group)
 
     def _multiplying(self, group: Group, records: Array, cost: tuple[float, float]) -> Array:
         column, byte = cost
@@ -116,7 +128,7 @@ class Walk:
 
     def _all_held(self, group: Group) -> Array:
         held = self._multiplying(group, group.hits, self.held)
-        return self._selecting(group) + self._calling(group) + held
+        return self._selecting(group) + self._calling(group) + self._late(group) + held
 
     def _read_ahead(self, group: Group, idle: Array) -> None:
         """Read guessed records, as many as the disk brings in the ``idle`` time."""
@@ -137,9 +149,9 @@ class Walk:
     def _call(self, group: Group, ahead: Group | None = None) -> None:
         """The product of one group; ``ahead`` is guessed while its records arrive."""
         costs = self.costs
-        self.now += self._selecting(group) + self._calling(group)
+        self.now += self._selecting(group) + self._calling(group) + self._late(group)
         if group.streamed:
-            self.now += costs.exchange
+            self.now += _of(costs.exchange if group.masked else costs.streaming, group)
         multiplied = self._multiplying(group, group.hits, self.held)
         if not group.streamed:
             self.now += multiplied
@@ -169,3 +181,7 @@ class Walk:
             return
         idle = self.costs.number * group.channels + self._selecting(group)
         self._read_ahead(group, np.full_like(self.now, idle))
+
+
+def _of(cost: PerUnit, group: Group) -> float:
+    return cost[0] + cost[1] * group.units

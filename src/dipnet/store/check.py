@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 
 from dipnet.errors import InputError
 from dipnet.store.checksum import record_checksums, stored_checksums
-from dipnet.store.index import RECORDS_NAME, REST_NAME, Group, Index, read_index
+from dipnet.store.index import (
+    ALLOCATION_NAME,
+    RECORDS_NAME,
+    REST_NAME,
+    Group,
+    Index,
+    read_index,
+)
 
 PIECE_BYTES = 16 << 20
 Progress = Callable[[int, int], object]
@@ -28,7 +35,8 @@ class Damage:
 
 
 def check_store(folder: str | Path, progress: Progress | None = None) -> Index:
-    """The index of a store that is intact: every record and the rest agree with their checksums.
+    """The index of a store that is intact: every record, the rest and the allocation, if there is
+    one, agree with their checksums.
 
     ``progress`` is called with the bytes read so far and in all. Raises InputError otherwise; it
     names the first damaged record, and how many there are.
@@ -46,6 +54,7 @@ def check_store(folder: str | Path, progress: Progress | None = None) -> Index:
             "pack the model again"
         )
     check_rest(folder, index, meter.add)
+    check_allocation(folder, index)
     return index
 
 
@@ -56,11 +65,13 @@ def check_rest(
 
     ``add`` is called with the size of every piece that was read.
     """
-    if _sha256(folder / REST_NAME, add) != index.rest_sha256:
-        raise InputError(
-            f"{folder / REST_NAME} is damaged, its SHA-256 is not that of the index: copy the "
-            "store again or pack the model again"
-        )
+    _check_file(folder / REST_NAME, index.rest_sha256, add)
+
+
+def check_allocation(folder: Path, index: Index) -> None:
+    """Raise InputError when a store's allocation, if it has one, is not what was packed."""
+    if index.allocation_sha256 is not None:
+        _check_file(folder / ALLOCATION_NAME, index.allocation_sha256, lambda _size: None)
 
 
 def records(index: Index) -> int:
@@ -116,6 +127,14 @@ def _read(file: BinaryIO, group: Group, first: int, units: int) -> NDArray[np.ui
     if len(content) != units * group.record_bytes:
         raise InputError(f"{RECORDS_NAME} became shorter while it was read: copy the store again")
     return np.frombuffer(content, np.uint8).reshape(units, group.record_bytes)
+
+
+def _check_file(path: Path, sha256: str, add: Callable[[int], object]) -> None:
+    if _sha256(path, add) != sha256:
+        raise InputError(
+            f"{path} is damaged, its SHA-256 is not that of the index: copy the store again or "
+            "pack the model again"
+        )
 
 
 def _sha256(path: Path, add: Callable[[int], object]) -> str:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dipnet.described import Bytes, Digest, Size, Word
 from dipnet.errors import InputError, complaint
 from dipnet.store.geometry import (
     GROUP_ALIGNMENT,
@@ -28,6 +29,7 @@ FORMAT = "dipnet-store"
 VERSIONS: dict[Unit, Literal[1, 2]] = {"column": 1, "neuron": 2}
 """The version of a store by what a record of its MLP holds."""
 INDEX_NAME, RECORDS_NAME, REST_NAME = "index.json", "records.bin", "rest.safetensors"
+ALLOCATION_NAME = "allocation.json"
 MAX_INDEX_BYTES = 64 << 20
 """An index of a thousand layers has a megabyte; what is larger is no index."""
 
@@ -47,9 +49,6 @@ MATRICES: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """The matrices that a group may hold, in the order of its outputs."""
 
-Size = Annotated[int, Field(ge=1, lt=2**31)]
-"""A number of rows, columns or layers."""
-Bytes = Annotated[int, Field(ge=0, lt=2**62)]
 _SETTINGS = ConfigDict(frozen=True, strict=True, extra="ignore")
 
 
@@ -142,22 +141,26 @@ class Group(BaseModel):
 
 
 class Index(BaseModel):
-    """Everything that index.json says; groups are in the order of their offsets."""
+    """Everything that index.json says; groups are in the order of their offsets.
+
+    ``allocation_sha256`` is the checksum of allocation.json, None where the store has none.
+    """
 
     model_config = _SETTINGS
 
     format: Literal["dipnet-store"] = "dipnet-store"
     version: Literal[1, 2] = 1
     weights: Weights
-    family: Annotated[str, Field(min_length=1, max_length=200)]
-    activation: Annotated[str, Field(min_length=1, max_length=200)]
+    family: Word
+    activation: Word
     layers: Size
     context: Annotated[int, Field(ge=1, lt=2**63)]
     source: str
     neurons_permuted: bool
     records_bytes: Bytes
     rest_bytes: Bytes
-    rest_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    rest_sha256: Digest
+    allocation_sha256: Digest | None = None
     groups: tuple[Group, ...]
 
     @model_validator(mode="after")

@@ -29,7 +29,7 @@ from dipnet.streaming.budget import Needs, divide, parse_size, pinned_bytes
 from dipnet.streaming.embedding import row_embedding
 from dipnet.streaming.engine import Engine, Reader, frames_size
 from dipnet.streaming.filling import empty_model, fill
-from dipnet.streaming.gpu.load import Bounds, check_gpu, on_device
+from dipnet.streaming.gpu.load import Bounds, check_gpu, check_options, on_device
 from dipnet.streaming.gpu.resident import resident
 from dipnet.streaming.keys import key_numbers, reserve_keys
 from dipnet.streaming.linear import TOKENS
@@ -54,7 +54,7 @@ def load(
     policy: str | None = None,
     cache_split: Split | None = None,
     prefill: Prefill = "dense",
-    look_ahead: bool = True,
+    look_ahead: bool | None = None,
     weights: Weights | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -73,20 +73,22 @@ def load(
     caches instead, with no bound on the rest; with neither, everything is in memory. ``policy`` is
     what a cache evicts: "lfu" (the default) or "lru"; ``cache_split`` says whether the caches share
     by what a token "wanted" of each (the default) or "even". ``prefill`` is as in `sparsify`.
-    ``look_ahead`` reads records ahead on a guess; results are the same without it. ``reader`` is
-    for tests and measurements.
+    ``look_ahead`` reads records ahead on a guess, unless it is False; results are the same without
+    it. ``reader`` is for tests and measurements.
 
     With ``device`` "cuda" the model decodes on that GPU, in bfloat16. With neither bound all
     records are in its memory, and the model is one that `sparsify` made. Else they are in the
-    host's, and in the GPU's are the weights that are always needed and the caches; ``memory`` then
-    bounds what PyTorch takes of the GPU's memory for the model.
+    host's, and in the GPU's are the weights that are always needed and the caches; ``memory``, a
+    plan's too, then bounds what PyTorch takes of the GPU's memory for the model. Nothing is read
+    ahead there.
 
     A ``plan``, or the file of one that `dipnet plan` wrote, brings the method, the budget, the
     policy and the split; a checkpoint is packed as it says.
 
     Raises InputError when the store is damaged, the method cannot run on its records, the budget
-    is too small (the message says which works), or a plan is for another model or contradicted by
-    another argument; `StoreError`, an InputError, when a record cannot be read later.
+    is too small (the message says which works), a plan is for another model or contradicted by
+    another argument, or an argument says nothing to a GPU; `StoreError`, an InputError, when a
+    record cannot be read later.
     """
     asked = Settings(method, memory, cache, context, policy, cache_split, weights)
     planned = None if plan is None else plan if isinstance(plan, Plan) else open_plan(plan)
@@ -97,6 +99,9 @@ def load(
         raise InputError("give either memory (of the whole process) or cache (of the records)")
     sizes = {"memory": how.memory, "cache": how.cache}
     bounds = {name: parse_size(size) for name, size in sizes.items() if size is not None}
+    if gpu is not None:
+        of_caches = (None, None) if planned else (policy, cache_split)  # a plan says both
+        check_options(look_ahead, reader, *of_caches, bool(bounds))
     block: Block = planned.block if planned else "auto"
     folder = store_of(path, how.weights, progress, block, unit_for(how.method))
     index = read_index(folder)
@@ -108,7 +113,7 @@ def load(
         return resident(folder, index, how.method, prefill, gpu)
     model, scales = _skeleton(folder)
     decoder = Decoder(model)
-    chosen = fitted_method(how.method or Dense(), index, decoder.spec)
+    chosen = fitted_method(how.method or Dense(), folder, index, decoder.spec)
     reader = reader or Reader()
     budget = bounds.get("cache")
     tokens = _context(model, how.context)
@@ -120,6 +125,7 @@ def load(
             tokens,
             how.policy or DEFAULT_POLICY,
             how.cache_split or "wanted",
+            planned=planned is not None,
         )
         return on_device(folder, index, scales, decoder, chosen, prefill, held)
     if "memory" in bounds:
@@ -127,7 +133,7 @@ def load(
     shares = densities(chosen, index, decoder.spec)
     slots = divide(index, budget, shares, how.cache_split or "wanted")
     engine = Engine(folder, index, scales, slots, how.policy or DEFAULT_POLICY, reader)
-    attached = Streamed(decoder, engine, chosen, prefill, look_ahead=look_ahead)
+    attached = Streamed(decoder, engine, chosen, prefill, look_ahead=look_ahead is not False)
     attached.attach()
     reserve_keys(model.get_decoder(), tokens, strict="memory" in bounds)
     for group in index.groups:

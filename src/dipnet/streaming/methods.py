@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from torch import Tensor
 
@@ -10,9 +11,11 @@ from dipnet.errors import InputError
 from dipnet.methods.base import Method
 from dipnet.methods.dip import DIP
 from dipnet.methods.heads import NeuronsAndHeads
+from dipnet.store.check import check_allocation
 from dipnet.store.geometry import Unit
-from dipnet.store.index import Group, Index
+from dipnet.store.index import ALLOCATION_NAME, Group, Index
 from dipnet.streaming.engine import Key
+from dipnet.streaming.plan import Identity
 from dipnet.units import ModelSpec, Site
 
 EARLY = ("residual", "position")
@@ -34,13 +37,20 @@ def densities(method: Method, index: Index, spec: ModelSpec) -> dict[Key, float]
     return found | {(site.layer, site.name): site.density for site in sites}
 
 
-def fitted_method(method: Method, index: Index, spec: ModelSpec) -> Method:
-    """The method as it runs on a store: with its blocks, and checked against its records."""
+def takes_allocation(method: Method, model: Index | Identity) -> bool:
+    """Whether the store's own allocation divides the method's density: nothing else does."""
+    held = model.allocation_sha256 is not None
+    return held and isinstance(method, DIP) and not method.has_own_division
+
+
+def fitted_method(method: Method, folder: Path, index: Index, spec: ModelSpec) -> Method:
+    """The method as it runs on the store in ``folder``: with its blocks and its allocation, and
+    checked against its records.
+    """
     if not isinstance(method, Method):
         raise InputError(f"method is a method such as dipnet.DIP(density=0.5), not {method!r}")
-    block = index.neurons.block
-    if isinstance(method, DIP) and method.hidden_block is None and block > 1:
-        method = dataclasses.replace(method, hidden_block=block)
+    if isinstance(method, DIP):
+        method = _divided(_in_blocks(method, index), folder, index)
     method.check(spec)
     _check_order(method, index)
     for site in method.sites(spec):
@@ -49,6 +59,25 @@ def fitted_method(method: Method, index: Index, spec: ModelSpec) -> Method:
     if any(method.weight_mask(0, matrix) is not None for matrix in spec.matrices):
         raise InputError(f"{method.name} changes the weights: apply it before packing")
     return method.prepare(_NoWeights(method.name), spec)
+
+
+def _in_blocks(method: DIP, index: Index) -> DIP:
+    """The method deciding about as many neurons as a record holds, where it does not say."""
+    block = index.neurons.block
+    if method.hidden_block is None and block > 1:
+        return dataclasses.replace(method, hidden_block=block)
+    return method
+
+
+def _divided(method: DIP, folder: Path, index: Index) -> DIP:
+    """The method with the store's own allocation, where it takes that."""
+    if not takes_allocation(method, index):
+        return method
+    check_allocation(folder, index)
+    try:
+        return dataclasses.replace(method, allocation=folder / ALLOCATION_NAME)
+    except InputError as error:
+        raise InputError(f"{error}, or do without the store's with allocation=none") from None
 
 
 def _check_order(method: Method, index: Index) -> None:
@@ -80,8 +109,8 @@ def _check_site(method: Method, site: Site, index: Index) -> None:
         raise InputError(
             f"{method.name} cannot run from a store: its masks at {site.name} thin "
             f"{', '.join(matrices)} by what the MLP itself has computed, and a store is read "
-            "before that; methods that can: dense, dip, teal, glu, and of whole neurons dejavu, "
-            "random"
+            "before that; methods that can: dense, dip, dip-threshold, teal, glu, and of whole "
+            "neurons dejavu, random"
         )
     if group.block != site.block:
         raise InputError(

@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from dipnet.described import Described
+from dipnet.described import CLOSED, Bytes, Described, Digest, Size, Word
 from dipnet.errors import InputError
 from dipnet.methods.base import Method
 from dipnet.methods.request import parse_method
@@ -29,25 +29,23 @@ REMEDY = "make one with `dipnet plan MODEL --out FILE`"
 SIZES = ("memory", "cache")
 Policy = Literal["lfu", "lru"]
 
-_SETTINGS = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-Size = Annotated[int, Field(ge=1, lt=2**31)]
-Bytes = Annotated[int, Field(ge=0, lt=2**62)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Word = Annotated[str, Field(min_length=1, max_length=200)]
-Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Identity(BaseModel):
-    """Which model a plan is for: its shapes, and the checksum of its store's small tensors."""
+    """Which model a plan is for: its shapes, and the checksums of its store's small tensors and
+    its store's own allocation, if it has one.
+    """
 
-    model_config = _SETTINGS
+    model_config = CLOSED
 
     source: Annotated[str, Field(max_length=4096)]
     family: Word
     layers: Size
     matrices: dict[Word, tuple[Size, Size]]
     rest_sha256: Digest
+    allocation_sha256: Digest | None = None
 
     @classmethod
     def of(cls, index: Index) -> Self:
@@ -59,6 +57,7 @@ class Identity(BaseModel):
             layers=index.layers,
             matrices={name: group.shape(name) for group in groups for name in group.matrices},
             rest_sha256=index.rest_sha256,
+            allocation_sha256=index.allocation_sha256,
         )
 
     @property
@@ -80,7 +79,7 @@ class Expected(BaseModel):
     the same weights, at most ``increase_at_most``; ``bytes_per_token`` are read from disk.
     """
 
-    model_config = _SETTINGS
+    model_config = CLOSED
 
     tokens_per_second: Positive
     dense_tokens_per_second: Positive
@@ -97,7 +96,7 @@ class Expected(BaseModel):
 class Measured(BaseModel):
     """The text that perplexity was measured on: in ``windows`` windows of ``window`` tokens."""
 
-    model_config = _SETTINGS
+    model_config = CLOSED
 
     name: Annotated[str, Field(max_length=4096)]
     sha256: Digest
@@ -126,7 +125,7 @@ class Plan(BaseModel):
     perplexity, ``device`` the name of what was simulated.
     """
 
-    model_config = _SETTINGS
+    model_config = CLOSED
 
     format: Literal["dipnet-plan"] = "dipnet-plan"
     version: Literal[1] = 1
@@ -179,6 +178,11 @@ class Plan(BaseModel):
             raise InputError(
                 f"the plan is for another model of the same shapes, {self.model.source}, than "
                 f"{str(store)!r} holds ({found.source}): {again}"
+            )
+        if found.allocation_sha256 != self.model.allocation_sha256:
+            raise InputError(
+                f"the plan is for a store with another allocation, or without one, than "
+                f"{str(store)!r}: {again}"
             )
 
     def settings(self, given: Settings, prefix: str = "") -> Settings:

@@ -29,6 +29,15 @@ def check_topk(scores: Tensor, k: int, **how: object) -> None:
     mask = gpu.topk_mask(scores.to(DEVICE), k, backend="gpu", **how).cpu()
     assert torch.equal(mask, gpu.topk_mask(scores, k, backend="reference", **how))
     assert (mask.sum(1) == k).all()
+    check_kept(scores, k)
+
+
+def check_kept(scores: Tensor, k: int, factor: Tensor | None = None) -> None:
+    wanted = gpu.keep_topk(scores, k, factor=factor, backend="reference")
+    there = None if factor is None else factor.to(DEVICE)
+    kept = gpu.keep_topk(scores.to(DEVICE), k, factor=there, backend="gpu").cpu()
+    assert kept.dtype == scores.dtype
+    torch.testing.assert_close(kept, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @needs_kernels
@@ -55,6 +64,7 @@ def test_a_factor_multiplies_in_float32(dtype: torch.dtype) -> None:
     wanted = gpu.topk_indices(scores, 111, factor=factor, backend="reference")
     found = gpu.topk_indices(scores.to(DEVICE), 111, factor=factor.to(DEVICE), backend="gpu")
     assert torch.equal(found.cpu(), wanted)
+    check_kept(scores, 111, factor)
 
 
 @needs_kernels
@@ -69,6 +79,10 @@ def test_threshold(n: int, dtype: torch.dtype, magnitude: bool) -> None:
         given = (x.to(DEVICE), at.to(DEVICE))
         found, found_counts = gpu.threshold_indices(*given, magnitude=magnitude, backend="gpu")
         assert torch.equal(found_counts.cpu(), counts)
+        kept, kept_counts = gpu.keep_above(*given, backend="gpu")
+        wanted_kept, wanted_counts = gpu.keep_above(x, at, backend="reference")
+        torch.testing.assert_close(kept.cpu(), wanted_kept, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(kept_counts.cpu(), wanted_counts)
         for row, wanted_row, count in zip(found.cpu(), wanted, counts, strict=True):
             assert torch.equal(row[:count], wanted_row[:count])
 
@@ -119,8 +133,12 @@ def test_bad_scores(scores: Tensor, k: int, complaint: str) -> None:
 def test_other_bad_arguments() -> None:
     with pytest.raises(InputError, match="factor must be"):
         gpu.topk_mask(torch.zeros(1, 3), 1, factor=torch.zeros(4))
+    with pytest.raises(InputError, match="factor must be"):
+        gpu.keep_topk(torch.zeros(1, 3), 1, factor=torch.zeros(4))
     with pytest.raises(InputError, match="threshold must be"):
         gpu.threshold_indices(torch.zeros(1, 3), torch.tensor(1.0))
+    with pytest.raises(InputError, match="threshold must be"):
+        gpu.keep_above(torch.zeros(1, 3), torch.tensor(1.0))
     with pytest.raises(InputError, match="mask must be"):
         gpu.union_indices(torch.zeros(1, 3))
 

@@ -94,9 +94,27 @@ def test_heads_too_large_for_our_loop(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(text(model), wanted)
 
 
-def test_no_memory_for_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+def broken_capture() -> RuntimeError:
+    """What is raised where memory runs out while a graph is captured."""
+    hidden = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    hidden.__context__ = torch.OutOfMemoryError("CUDA out of memory")
+    return hidden
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        BackendError("CUDA says CUDA_ERROR_OUT_OF_MEMORY: run on another GPU"),
+        broken_capture(),
+    ],
+)
+def test_no_memory_for_keys_and_values(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory(*_: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     model = float_model("llama")
     with dipnet.sparsify(model, DIP, backend="reference"):
@@ -104,12 +122,22 @@ def test_no_memory_for_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "Replay", out_of_memory)
     message = r"keys and values of 2 x 11 tokens take .*, and .* is free on the GPU: generate less"
     with dipnet.sparsify(model, DIP, backend="gpu"):
-        with pytest.raises(InputError, match=message) as error:
+        with pytest.raises(InputError, match=message) as caught:
             text(model)
-        assert "\n" not in str(error.value)
+        assert "\n" not in str(caught.value)
     monkeypatch.setattr(backends, "_best", lambda *_: "gpu")
     with dipnet.sparsify(model, DIP), pytest.warns(UserWarning, match="Face's loop decodes: keys"):
         assert torch.equal(text(model), wanted)
+
+
+def test_other_errors_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(decoding, "Replay", broken)
+    model = dipnet.sparsify(float_model("llama"), DIP, backend="gpu")
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        text(model)
 
 
 def test_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import dipnet
+from dipnet.models.attach import ATTACHED
 from dipnet.models.decoding import loop, sites
 from dipnet.models.decoding.sharing import MOST_ROWS
 from tests.models.decoding.test_decoding import (
@@ -121,6 +122,26 @@ def test_batches_in_turn() -> None:
     with dipnet.sparsify(model, dejavu("opt"), backend="gpu", kept_inputs=4):
         for rows, text in zip((3, 1, 4), wanted, strict=True):
             assert torch.equal(generated(model, *ragged(rows)), text)
+
+
+@pytest.mark.parametrize(("density", "read"), [(0.5, "whole"), (0.05, "union")])
+def test_heads_are_skipped_where_that_reads_less(
+    density: float, read: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that keeps nearly all heads together computes all of them, and completes nothing."""
+    sized = sites.way
+    monkeypatch.setattr(
+        sites, "way", lambda n, d, units, _, *among: sized(n, d, units, 4e8, *among)
+    )
+    model, (ids, mask), method = float_model("opt"), ragged(4), dejavu("opt", head_density=density)
+    with dipnet.sparsify(model, method, backend="reference"):
+        wanted, kept = generated(model, ids, mask), dipnet.usage(model).density()
+    with dipnet.sparsify(model, method, backend="gpu"):
+        assert torch.equal(generated(model, ids, mask), wanted)
+        assert dipnet.usage(model).density() == kept
+        replay = getattr(model, ATTACHED).decoding._replay
+    skipped = {layer.skipped is not None for layer in replay.step.layers}
+    assert skipped == {read == "union"}
 
 
 @pytest.mark.parametrize("drawn", [False, True])

@@ -13,8 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import dipnet
+from dipnet import InputError
 from dipnet.models.decoding import loop
+from dipnet.models.decoding.forecast import Choice, Forecast
 from dipnet.models.decoding.graph import Replay
+from dipnet.models.decoding.sites import SiteStep
 from tests.models.decoding.test_decoding import float_model, thresholds
 from tests.models.skipping.decoding import dejavu, tokens
 
@@ -64,6 +67,29 @@ def test_nobody_waits_for_the_device(
         watched = watch_loop(monkeypatch)
         assert torch.equal(model.generate(prompt, **options), wanted)
     assert watched
+
+
+def test_memory_runs_out_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broken capture hides why it broke; it is said all the same, and the next text is made."""
+    model, prompt = float_model("llama"), tokens(2, 6).cuda()
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    options["attention_mask"] = torch.ones_like(prompt)
+    before, take = torch.cuda.current_stream(), Forecast.take
+
+    def failing(forecast: Forecast, step: SiteStep) -> Choice:
+        if torch.cuda.is_current_stream_capturing():  # the predictors' stream has not come back
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return take(forecast, step)
+
+    with torch.no_grad(), dipnet.sparsify(model, dejavu("llama"), backend="gpu"):
+        monkeypatch.setattr(Forecast, "take", failing)
+        with pytest.raises(InputError, match="keys and values of 2 x 14 tokens take"):
+            model.generate(prompt, **options)
+        assert torch.cuda.current_stream() == before
+        monkeypatch.undo()
+        made = model.generate(prompt, **options)
+    with torch.no_grad(), dipnet.sparsify(model, dejavu("llama"), backend="reference"):
+        assert torch.equal(model.generate(prompt, **options), made)
 
 
 def wide_model() -> PreTrainedModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dipnet.models.decoding import sharing
-from dipnet.models.decoding.sharing import MOST_ROWS, kept_together, way
+from dipnet.models.decoding.sharing import MOST_ROWS, OF_HEADS, kept_together, way
 
 LARGE = 4096, 2.3e8
 """The units and bytes of gate and up of a model with 8 billion weights."""
@@ -27,6 +27,15 @@ def test_what_is_kept_together(rows: int, density: float, share: float) -> None:
 def test_what_is_read_less_is_taken(rows: int, density: float, taken: str) -> None:
     """Lists of the rows' own read what two of them keep twice."""
     assert way(rows, density, *LARGE) == taken
+
+
+@pytest.mark.parametrize(
+    ("rows", "density", "taken"),
+    [(1, 0.5, "own"), (2, 0.1, "union"), (4, 0.1, "union"), (2, 0.5, "whole"), (4, 0.5, "whole")],
+)
+def test_skipped_heads_share_or_read_everything(rows: int, density: float, taken: str) -> None:
+    """What one row lacks is completed for all of them: there are no lists of their own."""
+    assert way(rows, density, 56, 4.1e8, OF_HEADS) == taken
 
 
 def test_a_shared_list_where_it_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:

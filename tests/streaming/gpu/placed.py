@@ -43,7 +43,7 @@ def place(
     cache = None if share is None else cache_bytes(store, share)
     tokens = _context(model, context)
     bounds = Bounds(DEVICE, memory, cache, tokens, policy, "wanted", dtype)
-    fitted = fitted_method(method or Dense(), index, decoder.spec)
+    fitted = fitted_method(method or Dense(), store, index, decoder.spec)
     return on_device(store, index, scales, decoder, fitted, prefill, bounds)
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,13 @@ import dipnet
 from dipnet.errors import DipnetError, InputError
 from dipnet.methods.base import Method
 from dipnet.store.index import RECORDS_NAME, read_index
-from dipnet.streaming.engine import StoreError
+from dipnet.streaming import load as streaming_load
+from dipnet.streaming.engine import Reader, StoreError
 from dipnet.streaming.gpu import records
+from dipnet.streaming.plan import Plan
+from tests.plans import content
 from tests.streaming.conftest import Stores
-from tests.streaming.gpu.placed import DEVICE, place
+from tests.streaming.gpu.placed import DEVICE, place, placed
 
 METHOD = dipnet.DIP(0.5)
 IDS = torch.tensor([[3, 9, 4]], device=DEVICE)
@@ -104,6 +108,56 @@ def test_nothing_to_restore(stores: Stores) -> None:
         dipnet.restore(model)
     with pytest.raises(InputError, match="already"):
         dipnet.sparsify(model, METHOD)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"look_ahead": True, "cache": "9KB"}, "look_ahead is for device='cpu', which reads from"),
+        ({"reader": Reader(), "cache": "9KB"}, "reader is for device='cpu', which reads from disk"),
+        ({"policy": "lru"}, "policy is for caches, and without memory= or cache= everything is on"),
+        (
+            {"cache_split": "even"},
+            "cache_split is for caches, .*: give one of them, or leave it out",
+        ),
+    ],
+)
+def test_options_that_a_gpu_has_no_use_for(
+    stores: Stores, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming_load, "check_gpu", lambda _: DEVICE)
+    with pytest.raises(InputError, match=message) as caught:
+        dipnet.load(stores("llama", "int8"), METHOD, device="cuda", **options)
+    one_line(caught)
+
+
+def test_options_that_a_gpu_has_a_use_for(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They change the caches; nothing is read ahead there, and that may be said."""
+    monkeypatch.setattr(streaming_load, "check_gpu", lambda _: DEVICE)
+    store, slots = stores("llama", "int8"), []
+    for split in ("wanted", "even"):
+        options: dict[str, Any] = {"cache": "9KB", "cache_split": split, "look_ahead": False}
+        model = dipnet.load(store, METHOD, device="cuda", policy="lru", **options)
+        state = placed(model).caching()
+        assert state is not None
+        assert state.policy == "lru"
+        slots.append(state.slots)
+    assert slots[0] != slots[1]
+
+
+def test_a_plan_bounds_the_gpus_memory(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it counted was a process on a CPU; where that is too little here, it is said."""
+    monkeypatch.setattr(streaming_load, "check_gpu", lambda _: DEVICE)
+    store = stores("llama", "int8")
+    plans = [
+        Plan.model_validate(content(store, cache=None, memory=size)) for size in (1 << 20, 1 << 30)
+    ]
+    with pytest.raises(InputError, match="a plan's memory is a process's on a CPU, and the GPU's"):
+        dipnet.load(store, plan=plans[0], device="cuda")
+    model = dipnet.load(store, plan=plans[1], device="cuda")
+    assert placed(model).decoding.limited
+    unbounded = Plan.model_validate(content(store, cache=None))
+    dipnet.load(store, plan=unbounded, device="cuda")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -29,6 +29,8 @@ __all__ = [
     "columns_product",
     "gated_columns",
     "gated_rows",
+    "keep_above",
+    "keep_topk",
     "rows_product",
     "threshold_indices",
     "topk_indices",
@@ -71,6 +73,15 @@ def topk_mask(
     return ops.topk_mask(scores, k, magnitude, factor, backend)
 
 
+def keep_topk(x: Tensor, k: int, *, factor: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """(batch, n) floating times the mask of its k highest magnitudes: the others are 0.
+
+    ``factor`` is as for `topk_indices`. A dropped NaN or infinity becomes NaN, as by the mask.
+    """
+    _check_scores(x, k, factor)
+    return ops.keep_topk(x, k, factor, backend)
+
+
 def threshold_indices(
     x: Tensor, threshold: Tensor, *, magnitude: bool = True, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -80,11 +91,18 @@ def threshold_indices(
     ``threshold`` is (1,) float32. NaN exceeds nothing, as everywhere in torch.
     """
     _check_scores(x, 0, None)
-    if threshold.shape != (1,) or threshold.dtype != torch.float32:
-        raise InputError(
-            f"threshold must be torch.float32 of shape (1,), not {shape_text(threshold)}"
-        )
+    _check_threshold(threshold)
     return ops.threshold_indices(x, threshold, magnitude, backend)
+
+
+def keep_above(x: Tensor, threshold: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """(batch, n) floating times the mask of magnitudes above a threshold, (batch,) int32 counts.
+
+    ``threshold`` and NaN are as for `threshold_indices`, what is dropped as for `keep_topk`.
+    """
+    _check_scores(x, 0, None)
+    _check_threshold(threshold)
+    return ops.keep_above(x, threshold, backend)
 
 
 def union_indices(mask: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -225,6 +243,13 @@ def _check_scores(scores: Tensor, k: int, factor: Tensor | None) -> None:
         raise InputError(f"k must be between 0 and n = {n}, not {k}")
     if factor is not None and (factor.shape != (n,) or factor.dtype != torch.float32):
         raise InputError(f"factor must be torch.float32 of shape ({n},), not {shape_text(factor)}")
+
+
+def _check_threshold(threshold: Tensor) -> None:
+    if threshold.shape != (1,) or threshold.dtype != torch.float32:
+        raise InputError(
+            f"threshold must be torch.float32 of shape (1,), not {shape_text(threshold)}"
+        )
 
 
 def _check_product(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -15,18 +15,21 @@ _ELEMENTS_A_WARP = 512
 
 
 def select_topk(
-    scores: Tensor, k: int, magnitude: bool, factor: Tensor | None, mask: bool
+    scores: Tensor,
+    k: int,
+    magnitude: bool,
+    factor: Tensor | None,
+    into: Literal["index", "mask", "kept"],
 ) -> Tensor:
-    """(batch, n) -> (batch, k) int32 indices, or the (batch, n) bool mask."""
+    """(batch, n) -> (batch, k) int32 indices, the (batch, n) bool mask, or scores times that."""
     batch, n = scores.shape
-    shape, dtype = ((batch, n), torch.bool) if mask else ((batch, k), torch.int32)
-    out = scores.new_empty(shape, dtype=dtype)
+    dtype = {"index": torch.int32, "mask": torch.bool, "kept": scores.dtype}[into]
+    out = scores.new_empty((batch, k if into == "index" else n), dtype=dtype)
     wide = factor is not None or scores.dtype == torch.float32
     _select_topk[(batch,)](
         scores.contiguous(),
         factor,
-        None if mask else out,
-        out if mask else None,
+        *(out if name == into else None for name in ("index", "mask", "kept")),
         n,
         k,
         MAGNITUDE=magnitude,
@@ -36,15 +39,22 @@ def select_topk(
     return out
 
 
-def select_above(x: Tensor, threshold: Tensor, magnitude: bool) -> tuple[Tensor, Tensor]:
-    """(batch, n) -> (batch, n) int32 indices and (batch,) int32 counts."""
-    index = torch.empty_like(x, dtype=torch.int32, memory_format=torch.contiguous_format)
-    count = x.new_empty(len(x), dtype=torch.int32)
-    n = x.shape[1]
+def select_above(
+    x: Tensor, threshold: Tensor, magnitude: bool, into: Literal["index", "kept"]
+) -> tuple[Tensor, Tensor]:
+    """(batch, n) -> (batch, n) int32 indices, or x times the mask, and (batch,) int32 counts."""
+    n, count = x.shape[1], x.new_empty(len(x), dtype=torch.int32)
+    out = x.new_empty(x.shape, dtype=torch.int32 if into == "index" else x.dtype)
     _select_above[(len(x),)](
-        x.contiguous(), threshold, index, count, n, MAGNITUDE=magnitude, **_options(n, x.device)
+        x.contiguous(),
+        threshold,
+        *(out if name == into else None for name in ("index", "kept")),
+        count,
+        n,
+        MAGNITUDE=magnitude,
+        **_options(n, x.device),
     )
-    return index, count
+    return out, count
 
 
 def select_union(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,6 +98,7 @@ def _select_topk(
     factor,
     index,
     mask,
+    kept,
     n,
     k,
     MAGNITUDE: tl.constexpr,
@@ -123,8 +134,12 @@ def _select_topk(
     keep = above | ((ties > 0) & (tl.cumsum(ties, 0) <= quota))
     if index is not None:
         _write(keep, places, index + row * k)
-    else:
+    elif mask is not None:
         tl.store(mask + row * n + places, keep, mask=inside)
+    else:
+        x = tl.load(scores + row * n + places, mask=inside, other=0).to(tl.float32)
+        x = tl.where(keep, x, x * 0.0).to(kept.dtype.element_ty)
+        tl.store(kept + row * n + places, x, mask=inside)
 
 
 @triton.jit
@@ -132,6 +147,7 @@ def _select_above(
     x,
     threshold,
     index,
+    kept,
     count,
     n,
     MAGNITUDE: tl.constexpr,
@@ -143,9 +159,14 @@ def _select_above(
     inside = places < n
     after_previous(OVERLAP)
     scores = tl.load(x + row * n + places, mask=inside, other=0).to(tl.float32)
-    scores = tl.abs(scores) if MAGNITUDE else scores
-    keep = inside & (scores > tl.load(threshold))
-    tl.store(count + row, _write(keep, places, index + row * n))
+    compared = tl.abs(scores) if MAGNITUDE else scores
+    keep = inside & (compared > tl.load(threshold))
+    if index is not None:
+        tl.store(count + row, _write(keep, places, index + row * n))
+    else:
+        tl.store(count + row, tl.sum(keep.to(tl.int32), 0))
+        scores = tl.where(keep, scores, scores * 0.0).to(kept.dtype.element_ty)
+        tl.store(kept + row * n + places, scores, mask=inside)
 
 
 @triton.jit

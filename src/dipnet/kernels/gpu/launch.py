@@ -12,6 +12,8 @@ from dipnet.kernels.gpu.common import INTERPRETED
 from dipnet.kernels.gpu.integers import integer_columns, integer_rows
 from dipnet.kernels.gpu.rows import rows
 from dipnet.kernels.gpu.selection import (
+    keep_above,
+    keep_topk,
     threshold_indices,
     topk_indices,
     topk_mask,
@@ -26,6 +28,8 @@ __all__ = [
     "columns_product",
     "gated_columns",
     "gated_rows",
+    "keep_above",
+    "keep_topk",
     "rows_product",
     "threshold_indices",
     "topk_indices",

@@ -39,6 +39,17 @@ def _(scores: Tensor, k: int, magnitude: bool, factor: Tensor | None, backend: s
     return scores.new_empty(scores.shape, dtype=torch.bool)
 
 
+@torch.library.custom_op("dipnet::keep_topk", mutates_args=())
+def keep_topk(x: Tensor, k: int, factor: Tensor | None, backend: str) -> Tensor:
+    """See `dipnet.kernels.gpu.keep_topk`."""
+    return serving(backend, x, factor, units=x.shape[1]).keep_topk(x, k, factor)
+
+
+@keep_topk.register_fake
+def _(x: Tensor, k: int, factor: Tensor | None, backend: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 @torch.library.custom_op("dipnet::threshold_indices", mutates_args=())
 def threshold_indices(
     x: Tensor, threshold: Tensor, magnitude: bool, backend: str
@@ -51,6 +62,17 @@ def threshold_indices(
 @threshold_indices.register_fake
 def _(x: Tensor, threshold: Tensor, magnitude: bool, backend: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int32), x.new_empty(len(x), dtype=torch.int32)
+
+
+@torch.library.custom_op("dipnet::keep_above", mutates_args=())
+def keep_above(x: Tensor, threshold: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """See `dipnet.kernels.gpu.keep_above`."""
+    return serving(backend, x, threshold, units=x.shape[1]).keep_above(x, threshold)
+
+
+@keep_above.register_fake
+def _(x: Tensor, threshold: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(len(x), dtype=torch.int32)
 
 
 @torch.library.custom_op("dipnet::union_indices", mutates_args=())

@@ -35,9 +35,20 @@ def topk_indices(scores: Tensor, k: int, magnitude: bool, factor: Tensor | None)
     return index[:, :k].contiguous()
 
 
+def keep_topk(x: Tensor, k: int, factor: Tensor | None) -> Tensor:
+    """(batch, n) floating -> the same times the mask of its k highest magnitudes."""
+    return x * topk_mask(x, k, True, factor)
+
+
 def threshold_indices(x: Tensor, threshold: Tensor, magnitude: bool) -> tuple[Tensor, Tensor]:
     """(batch, n) and (1,) -> (batch, n) int32, ascending, and the (batch,) int32 valid ones."""
     return _compacted(_ranked(x, magnitude, None) > threshold)
+
+
+def keep_above(x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """(batch, n) and (1,) -> the same times the mask of what is above, (batch,) int32 counts."""
+    mask = x.abs().float() > threshold
+    return x * mask, mask.sum(dim=1, dtype=torch.int32)
 
 
 def union_indices(mask: Tensor) -> tuple[Tensor, Tensor]:

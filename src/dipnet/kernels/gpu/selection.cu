@@ -1,7 +1,8 @@
 // Selection of units by a cluster of thread blocks: exactly k highest scores, or all above a
-// threshold; indices in ascending order, or a mask. Compiled at run time, one variant a call's kind.
+// threshold; indices in ascending order, a mask, or the scores times the mask. Compiled at run time,
+// one variant a call's kind.
 //
-// Macros: KIND 0 float16, 1 bfloat16, 2 float32; MAGNITUDE, FACTOR, ABOVE, MASK, VECTOR 0 or 1;
+// Macros: KIND 0 float16, 1 bfloat16, 2 float32; MAGNITUDE, FACTOR, ABOVE, MASK, KEPT, VECTOR 0 or 1;
 // BLOCKS of the cluster, THREADS of a block, EACH scores of a thread.
 //
 // A score becomes an unsigned key in the scores' order; 0 is the key of no score. The k-th highest key
@@ -111,6 +112,16 @@ __device__ u32 key_of_short(u16 score) {
     return bits & 0x8000u ? ~bits & 0xffffu : bits | 0x8000u;
 }
 
+// A dropped score times 0: NaN where it is no finite number.
+__device__ Score dropped(Score score) {
+#if KIND == 2
+    return score * 0.0f;
+#else
+    const u32 infinity = KIND == 1 ? 0x7f80u : 0x7c00u;
+    return (score & 0x7fffu) >= infinity ? 0x7fffu : 0u;
+#endif
+}
+
 __device__ u32 inclusive_in_warp(u32 value, u32 lane) {
     for (u32 step = 1; step < 32; step *= 2) {
         u32 other = __shfl_up_sync(ALL, value, step);
@@ -169,6 +180,18 @@ struct Shared {
     u32 digit, wanted;
 };
 
+__device__ void write_scores(Score* scores, u32 begin, u32 n, const Score* own) {
+#if VECTOR
+    if (begin < n) {
+        uint2* to = (uint2*)(scores + begin);
+        for (u32 i = 0; i < EACH * sizeof(Score) / 8; i++) to[i] = ((const uint2*)own)[i];
+    }
+#else
+    for (u32 i = 0; i < EACH; i++)
+        if (begin + i < n) scores[begin + i] = own[i];
+#endif
+}
+
 __device__ void read_scores(const Score* scores, u32 begin, u32 n, Score* own) {
 #if VECTOR
     if (begin < n) {
@@ -205,7 +228,7 @@ __device__ void find_digit(Shared& shared, const Bins<SIZE>& bins, u32 wanted, u
 
 extern "C" __global__ void CLUSTER __launch_bounds__(THREADS)
 select_units(const Score* scores, const float* factor, const float* threshold, int* index,
-             int* count, unsigned char* mask, int n_given, int k) {
+             int* count, unsigned char* mask, Score* kept_scores, int n_given, int k) {
     __shared__ Shared shared;
     const u32 n = n_given, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const u32 block = blockIdx.x, row = blockIdx.y;
@@ -335,8 +358,13 @@ select_units(const Score* scores, const float* factor, const float* threshold, i
         u32 unit = begin + i;
 #if MASK
         if (unit < n) mask[(size_t)row * n + unit] = kept;
+#elif KEPT
+        if (!kept) own[i] = dropped(own[i]);
 #else
         if (kept) index[(size_t)row * (ABOVE ? n : k) + places++] = unit;
 #endif
     }
+#if KEPT
+    write_scores(kept_scores + (size_t)row * n, begin, n, own);
+#endif
 }

@@ -18,7 +18,7 @@ def topk_indices(scores: Tensor, k: int, magnitude: bool, factor: Tensor | None)
     if not (k and len(scores)):
         return scores.new_empty(len(scores), k, dtype=torch.int32)
     if not _clusters(scores):
-        return compaction.select_topk(scores, k, magnitude, factor, mask=False)
+        return compaction.select_topk(scores, k, magnitude, factor, into="index")
     index = scores.new_empty(len(scores), k, dtype=torch.int32)
     select(cut_of(scores.shape[1]), scores, magnitude, factor=factor, index=index, k=k)
     return index
@@ -29,21 +29,42 @@ def topk_mask(scores: Tensor, k: int, magnitude: bool, factor: Tensor | None) ->
     if k == 0 or scores.numel() == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     if not _clusters(scores):
-        return compaction.select_topk(scores, k, magnitude, factor, mask=True)
+        return compaction.select_topk(scores, k, magnitude, factor, into="mask")
     mask = scores.new_empty(scores.shape, dtype=torch.bool)
     select(cut_of(scores.shape[1]), scores, magnitude, factor=factor, mask=mask, k=k)
     return mask
 
 
+def keep_topk(x: Tensor, k: int, factor: Tensor | None) -> Tensor:
+    """(batch, n) floating -> the same times the mask of its k highest magnitudes."""
+    if k == 0 or x.numel() == 0:
+        return x * 0
+    if not _clusters(x):
+        return compaction.select_topk(x, k, True, factor, into="kept")
+    kept = torch.empty_like(x, memory_format=torch.contiguous_format)
+    select(cut_of(x.shape[1]), x, True, factor=factor, kept=kept, k=k)
+    return kept
+
+
 def threshold_indices(x: Tensor, threshold: Tensor, magnitude: bool) -> tuple[Tensor, Tensor]:
     """(batch, n) and (1,) -> (batch, n) int32, ascending, and the (batch,) int32 valid ones."""
     if x.numel() == 0 or not _clusters(x):
-        return compaction.select_above(x, threshold, magnitude)
+        return compaction.select_above(x, threshold, magnitude, into="index")
     index = x.new_empty(x.shape, dtype=torch.int32)
     count = x.new_empty(len(x), dtype=torch.int32)
     cut = cut_of(x.shape[1])
     select(cut, x, magnitude, threshold=threshold, index=index, count=count)
     return index, count
+
+
+def keep_above(x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """(batch, n) and (1,) -> the same times the mask of what is above, (batch,) int32 counts."""
+    if x.numel() == 0 or not _clusters(x):
+        return compaction.select_above(x, threshold, True, into="kept")
+    kept = torch.empty_like(x, memory_format=torch.contiguous_format)
+    count = x.new_empty(len(x), dtype=torch.int32)
+    select(cut_of(x.shape[1]), x, True, threshold=threshold, kept=kept, count=count)
+    return kept, count
 
 
 def union_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,8 +89,9 @@ def select(
     index: Tensor | None = None,
     count: Tensor | None = None,
     mask: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> None:
-    """Launch the kernel: ``index`` (and ``count``) or ``mask`` are written."""
+    """Launch the kernel: ``index`` (and ``count``), ``mask`` or ``kept`` are written."""
     batch, n = scores.shape
     scores = scores.contiguous()
     aligned = n % cut.each == 0 and scores.data_ptr() % 16 == 0
@@ -79,6 +101,7 @@ def select(
         "FACTOR": factor is not None,
         "ABOVE": threshold is not None,
         "MASK": mask is not None,
+        "KEPT": kept is not None,
         "VECTOR": aligned,
         "BLOCKS": cut.blocks,
         "THREADS": cut.threads,
@@ -86,5 +109,5 @@ def select(
     }
     numbers = tuple((name, int(value)) for name, value in macros.items())
     kernel = nvrtc.function(SOURCE, KERNEL, scores.device, numbers)
-    given = (scores, factor, threshold, index, count, mask, n, k)
+    given = (scores, factor, threshold, index, count, mask, kept, n, k)
     nvrtc.launch(kernel, (cut.blocks, batch), cut.threads, given)

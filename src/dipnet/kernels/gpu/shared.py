@@ -1,10 +1,18 @@
 """Products with one list for several rows of x: a weight is read once, tensor cores multiply it.
 
 `_shared_columns` gathers input channels, `_shared_rows` output rows. For floating weights.
+
+Float32 times bfloat16 is three products of bfloat16: each part of x has eight of its 24 binary
+digits, and the parts are rows that a tensor core would leave empty. Other float32 is multiplied in
+parts of both, at several times the cost, and loses two digits. Tensor cores cut off what they add:
+a sum of thousands of terms has an error of some 1e-5 of the result's norm, which tests bound.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,21 +30,47 @@ _WIDEN = tl.constexpr(INTERPRETED)  # the interpreter would multiply the bits of
 FEWEST = 16
 """Rows of x that a tensor core multiplies at least; missing ones are zero."""
 
-
-OWN, WARPS, STAGES = 32, 4, 4
-"""Outputs and warps of a program, and the steps of a sum whose numbers are on their way."""
+OWN, WARPS = 32, 4
+"""Outputs and warps of a program."""
+PARTS, MOST_IN_PARTS = 3, 16
+"""Of float32 in bfloat16, and the most rows that are cut into them."""
+SPLIT_AT_A_TIME = 1024
 STEP_BYTES = 8192
 """Of x for one step of a sum: so many steps of x and of the weights fit in shared memory."""
 
 
-def _padded(batch: int) -> int:
-    return max(FEWEST, triton.next_power_of_2(batch))
+class _Multiplied(NamedTuple):
+    """What is multiplied: ``x``, ``parts`` of it one below the other; a tile's ``rows`` of a part,
+    and ``batch`` rows in all; the terms of a sum that are multiplied at a time, and the steps that
+    are on their way.
+    """
+
+    x: Tensor
+    parts: int
+    rows: int
+    batch: int
+    terms: int
+    stages: int
 
 
-def _step(x: Tensor, weight: Tensor) -> int:
-    """Terms of a sum that are multiplied at a time."""
-    size = max(x.element_size(), weight.element_size())
-    return STEP_BYTES // (_padded(len(x)) * size)
+def _multiplied(x: Tensor, weight: Tensor) -> _Multiplied:
+    x, rows = x.contiguous(), triton.next_power_of_2(len(x))
+    kinds = x.dtype, weight.dtype
+    if kinds == (torch.float32, torch.bfloat16) and len(x) <= MOST_IN_PARTS:
+        rows = max(FEWEST // 4, rows)
+        return _Multiplied(_in_parts(x), PARTS, rows, 4 * rows, STEP_BYTES // (8 * rows), 4)
+    rows = max(FEWEST, rows)
+    if kinds[0] != kinds[1] or torch.float32 in kinds:  # its parts take more registers
+        return _Multiplied(x, 1, rows, rows, max(32, STEP_BYTES // (8 * rows)), 6)
+    return _Multiplied(x, 1, rows, rows, STEP_BYTES // (2 * rows), 4)
+
+
+def _in_parts(x: Tensor) -> Tensor:
+    """(batch, n) float32 -> (PARTS * batch, n) bfloat16, which add up to it."""
+    made = x.new_empty(PARTS * len(x), x.shape[1], dtype=torch.bfloat16)
+    grid = (triton.cdiv(x.numel(), SPLIT_AT_A_TIME),)
+    _split[grid](x, made, x.numel(), SIZE=SPLIT_AT_A_TIME, **launch_options(WARPS, x.device))
+    return made
 
 
 def shared_columns(
@@ -53,9 +87,9 @@ def shared_columns(
     block: int = 1,
 ) -> Tensor:
     """One matrix, or gate and up: (batch, channels) -> (batch, width)."""
-    x, out = x.contiguous(), x.new_empty(len(x), width)
+    out, given = x.new_empty(len(x), width), _multiplied(x, weights[0])
     _shared_columns[(triton.cdiv(width, OWN),)](
-        x,
+        given.x,
         index,
         count,
         weights[0],
@@ -66,15 +100,17 @@ def shared_columns(
         len(x),
         index.shape[0] * block,
         width,
-        x.stride(0),
+        given.x.stride(0),
         weights[0].stride(0),
         BLOCK=block,
         COMPACT=compact,
         ACTIVATION=activation,
-        BATCH=_padded(len(x)),
-        UNITS=_step(x, weights[0]),
+        PARTS=given.parts,
+        ROWS=given.rows,
+        BATCH=given.batch,
+        UNITS=given.terms,
         WEIGHTS=OWN,
-        num_stages=STAGES,
+        num_stages=given.stages,
         **launch_options(WARPS, x.device),
     )
     return out
@@ -94,9 +130,9 @@ def shared_rows(
 ) -> Tensor:
     """One matrix, or gate and up: (batch, width) -> (batch, k * block)."""
     kept = index.shape[0] * block
-    x, out = x.contiguous(), x.new_empty(len(x), kept)
+    out, given = x.new_empty(len(x), kept), _multiplied(x, weights[0])
     _shared_rows[(triton.cdiv(kept, OWN),)](
-        x,
+        given.x,
         index,
         count,
         weights[0],
@@ -107,26 +143,63 @@ def shared_rows(
         len(x),
         kept,
         width,
-        x.stride(0),
+        given.x.stride(0),
         weights[0].stride(0),
         0 if factor is None else factor.stride(0),
         BLOCK=block,
         ACTIVATION=activation,
-        BATCH=_padded(len(x)),
+        PARTS=given.parts,
+        ROWS=given.rows,
+        BATCH=given.batch,
         UNITS=OWN,
-        WEIGHTS=_step(x, weights[0]),
-        num_stages=STAGES,
+        WEIGHTS=given.terms,
+        num_stages=given.stages,
         **launch_options(WARPS, x.device),
     )
     return out
 
 
 @triton.jit
-def _product(left, right, total):
-    """``total + left @ right``; of different dtypes, in float32."""
+def _split(x, parts, n, SIZE: tl.constexpr, OVERLAP: tl.constexpr):
+    places = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    inside = places < n
+    after_previous(OVERLAP)
+    left = tl.load(x + places, mask=inside, other=0)
+    for part in tl.static_range(3):
+        rounded = left.to(tl.bfloat16)
+        tl.store(parts + part * n + places, rounded, mask=inside)
+        wide = rounded.to(tl.float32)
+        left = tl.where(tl.abs(wide) < float("inf"), left - wide, 0.0)
+
+
+@triton.jit
+def _parts_of(batch, PARTS: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr):
+    """Which rows of x those of a tile are, and whether there are such."""
+    rows = tl.arange(0, BATCH)
+    part, row = rows // ROWS, rows % ROWS
+    return part * batch + row, (row < batch) & (part < PARTS)
+
+
+@triton.jit
+def _product(left, right, total, PARTS: tl.constexpr):
+    """``total + left @ right``; of different dtypes, in float32.
+
+    One multiplication of float32 would do without tensor cores: many times the time. They cut off
+    what they add to a long sum, so that sums of parts are added here.
+    """
     if left.dtype != right.dtype or _WIDEN:
         left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, total, input_precision="ieee")
+    if PARTS > 1:
+        return total + tl.dot(left, right, input_precision="tf32x3")
+    return tl.dot(left, right, total, input_precision="tf32x3")
+
+
+@triton.jit
+def _sum_of_parts(total, PARTS: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr):
+    """(BATCH, OUTPUTS) -> (ROWS, OUTPUTS)."""
+    if PARTS > 1:
+        total = tl.sum(tl.reshape(total, (4, ROWS, OUTPUTS)), 0)
+    return total
 
 
 @triton.jit(do_not_specialize=["batch", "kept"])
@@ -147,12 +220,15 @@ def _shared_columns(
     BLOCK: tl.constexpr,
     COMPACT: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
     BATCH: tl.constexpr,
     UNITS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    rows = tl.arange(0, BATCH)
+    rows = tl.arange(0, ROWS)
+    given, there = _parts_of(batch, PARTS, ROWS, BATCH)
     outputs = tl.program_id(0) * WEIGHTS + tl.arange(0, WEIGHTS)
     inside = outputs < width
     after_previous(OVERLAP)
@@ -167,17 +243,18 @@ def _shared_columns(
         at = units.to(tl.int64)[:, None] * weight_stride + outputs[None, :]
         mask = valid[:, None] & inside[None, :]
         channels = places if COMPACT else units
-        read_x = (rows < batch)[:, None] & valid[None, :]
-        values = tl.load(x + rows[:, None] * x_stride + channels[None, :], mask=read_x, other=0)
-        total = _product(values, tl.load(weight + at, mask=mask, other=0), total)
+        read_x = there[:, None] & valid[None, :]
+        values = tl.load(x + given[:, None] * x_stride + channels[None, :], mask=read_x, other=0)
+        total = _product(values, tl.load(weight + at, mask=mask, other=0), total, PARTS)
         if up is not None:
-            raised = _product(values, tl.load(up + at, mask=mask, other=0), raised)
+            raised = _product(values, tl.load(up + at, mask=mask, other=0), raised, PARTS)
 
+    total = _sum_of_parts(total, PARTS, ROWS, WEIGHTS)
     if bias is not None:
         total += tl.load(bias + outputs, mask=inside, other=0).to(tl.float32)[None, :]
     total = activated(total, ACTIVATION)
     if up is not None:
-        total *= raised
+        total *= _sum_of_parts(raised, PARTS, ROWS, WEIGHTS)
     at = rows[:, None] * width + outputs[None, :]
     mask = (rows < batch)[:, None] & inside[None, :]
     if residual is not None:
@@ -203,12 +280,15 @@ def _shared_rows(
     factor_stride,
     BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
     BATCH: tl.constexpr,
     UNITS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    rows = tl.arange(0, BATCH)
+    rows = tl.arange(0, ROWS)
+    given, there = _parts_of(batch, PARTS, ROWS, BATCH)
     places = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
     after_previous(OVERLAP)
     end = valid_units(count, 0, True, kept, BLOCK)
@@ -222,18 +302,19 @@ def _shared_rows(
         inputs = start + tl.arange(0, WEIGHTS)
         inside = inputs < width
         mask = inside[:, None] & valid[None, :]
-        read_x = (rows < batch)[:, None] & inside[None, :]
-        values = tl.load(x + rows[:, None] * x_stride + inputs[None, :], mask=read_x, other=0)
+        read_x = there[:, None] & inside[None, :]
+        values = tl.load(x + given[:, None] * x_stride + inputs[None, :], mask=read_x, other=0)
         at = begin + inputs[:, None]
-        total = _product(values, tl.load(weight + at, mask=mask, other=0), total)
+        total = _product(values, tl.load(weight + at, mask=mask, other=0), total, PARTS)
         if up is not None:
-            raised = _product(values, tl.load(up + at, mask=mask, other=0), raised)
+            raised = _product(values, tl.load(up + at, mask=mask, other=0), raised, PARTS)
 
+    total = _sum_of_parts(total, PARTS, ROWS, UNITS)
     if bias is not None:
         total += tl.load(bias + units, mask=valid, other=0).to(tl.float32)[None, :]
     total = activated(total, ACTIVATION)
     if up is not None:
-        total *= raised
+        total *= _sum_of_parts(raised, PARTS, ROWS, UNITS)
     if factor is not None:
         at = rows[:, None] * factor_stride + units[None, :]
         mask = (rows < batch)[:, None] & valid[None, :]

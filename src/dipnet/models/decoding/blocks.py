@@ -133,10 +133,10 @@ class MLP:
     def _whole(self, x: Tensor, kept: Kept | None) -> Tensor:
         """What comes out of all neurons, of kept input channels."""
         gated = len(self.names) > 1
-        own = None if kept is None or kept.mask is not None else kept.index
-        if kept is not None and own is not None and gated and self.inputs.stacked.separable:
+        own = kept is not None and kept.own and self.inputs.stacked.separable
+        if kept is not None and kept.index is not None and own and gated:
             gate, up = (self.part(name)[0].t() for name in ("gate", "up"))
-            return gpu.gated_columns(x, own, gate, up, self.activation, count=kept.count)
+            return gpu.gated_columns(x, kept.index, gate, up, self.activation, count=kept.count)
         pre = self.inputs.product(x, kept)
         return steps.gated(pre, self.activation) if gated else self._activated(pre)
 
@@ -164,7 +164,7 @@ class MLP:
         factor = self._activated(factor) if first == "gate" else factor
         kept = self.neurons.decide(factor)
         activation = self.activation if second == "gate" else "none"
-        if kept.mask is not None:
+        if not kept.own:
             factor = kept.masked(factor)
         if kept.index is None:
             other = nn.functional.linear(x, rows, bias)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from dipnet.errors import InputError
+from dipnet.errors import BackendError, InputError
 from dipnet.kernels.gpu import MOST_SHARING
 from dipnet.kernels.gpu.tiles import MOST_UNITS
 from dipnet.methods.base import Method
@@ -18,7 +18,7 @@ from dipnet.models.decoding import loop, token
 from dipnet.models.decoding.blocks import ACTIVATIONS, Block
 from dipnet.models.decoding.counts import StepCounts
 from dipnet.models.decoding.graph import LENGTHS, Replay
-from dipnet.models.decoding.memory import free_text
+from dipnet.models.decoding.memory import free_text, ran_out
 from dipnet.models.decoding.modules import LayerModules
 from dipnet.models.decoding.packed import PackedLinear, PackedRows
 from dipnet.models.decoding.sharing import MOST_ROWS
@@ -134,18 +134,23 @@ class Decoding:
         held = self._replay
         if held is None or held.length < length or held.rows != rows:
             self._replay = held = None  # its memory first
-            rounded = -(-length // LENGTHS) * LENGTHS
             ring = max(1, min(self.kept_inputs, MOST_SHARING // rows))
-            made = Replay(self.decoder, self.blocks, self.counts, rows, rounded, ring)
+            columns = self.columns(length, rows)
+            made = Replay(self.decoder, self.blocks, self.counts, rows, columns, ring)
             self._replay = held = made
         return held
+
+    def columns(self, length: int, rows: int) -> int:
+        """Of the cache that is made for ``rows`` texts of ``length`` tokens: a few more."""
+        return -(-length // LENGTHS) * LENGTHS
 
     def _replay_or_none(self, length: int, rows: int) -> Replay | None:
         """`replay`; where memory runs out, None, or InputError if the kernels were asked for."""
         try:
             return self.replay(length, rows)
-        except torch.OutOfMemoryError:
-            pass  # what it holds is let go with it
+        except (RuntimeError, BackendError) as error:  # what it holds is let go with it
+            if not ran_out(error):
+                raise
         self._replay = None
         torch.cuda.empty_cache()
         spec, model = self.decoder.spec, self.decoder.model

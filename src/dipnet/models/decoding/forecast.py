@@ -17,7 +17,7 @@ from dipnet.models.decoding.skipped import HeadLists
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The neurons that are kept, or the heads that are used."""
+    """The units that are kept, or the heads that are used."""
 
     kept: Kept | None = None
     used: UsedHeads | None = None
@@ -39,7 +39,7 @@ class Forecast:
         for step in sites:
             if step.site.place is not None:
                 self.readers[step.site.place].append(step)
-            if step.site.name == "attn.head":
+            if step.site.name == "attn.head" and step.way(rows) != "whole":
                 self.heads[step] = HeadLists(step.site, rows, ring, device)
         self._made: dict[SiteStep, tuple[Choice, torch.cuda.Event | None, Tensor]] = {}
 

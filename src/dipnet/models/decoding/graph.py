@@ -73,7 +73,10 @@ class Replay:
                 self.step()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # a capture that is broken off would leave its own stream behind as the current one; other
+        # threads may go on meanwhile
+        capture = torch.cuda.graph(self.graph, capture_error_mode="thread_local")
+        with torch.cuda.stream(torch.cuda.current_stream()), capture:
             self.logits = self.step()
 
 

@@ -7,9 +7,13 @@ sequence drops is multiplied by zero. The values are the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 Way = Literal["own", "union", "whole"]
+WAYS: tuple[Way, ...] = ("own", "union", "whole")
+OF_HEADS: tuple[Way, ...] = ("union", "whole")
+"""The ways of a batch to heads that are skipped: what one row lacks is completed for all."""
 
 MOST_ROWS = 8
 """Sequences that are decoded together by the kernels; more of them run the reference."""
@@ -27,7 +31,7 @@ def kept_together(rows: int, density: float) -> float:
     return 1 - (1 - density) ** rows
 
 
-def way(rows: int, density: float, units: int, size: float) -> Way:
+def way(rows: int, density: float, units: int, size: float, among: Sequence[Way] = WAYS) -> Way:
     """The fastest way for ``rows`` sequences that keep a share of ``units``, of ``size`` bytes.
 
     The figures above are of one H200 (`benchmarks/batch_products.py`).
@@ -39,4 +43,4 @@ def way(rows: int, density: float, units: int, size: float) -> Way:
         "union": kept_together(rows, density) * size / READ_SHARED + OF_LIST + OF_UNIT * units,
         "whole": size / READ_WHOLE,
     }
-    return min(microseconds, key=lambda each: microseconds[each])
+    return min(among, key=lambda each: microseconds[each])

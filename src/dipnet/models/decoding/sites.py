@@ -15,7 +15,7 @@ from dipnet.methods.dejavu import DejaVu
 from dipnet.methods.dip import DIP
 from dipnet.models.decoding.counts import StepCounts
 from dipnet.models.decoding.predicting import PredictedScores
-from dipnet.models.decoding.sharing import MOST_ROWS, Way, way
+from dipnet.models.decoding.sharing import MOST_ROWS, OF_HEADS, WAYS, Way, way
 from dipnet.units import Site, kept_units
 
 
@@ -24,17 +24,25 @@ class Kept:
     """Places of kept units, int32, ascending: (batch, k), each row its own; or (n,) of all rows
     together, or None where all weights are read, and then ``mask`` (batch, units) bool says which
     row keeps what. The first ``count`` are valid, (batch,) or (1,); all, where it is None.
+    ``scored`` is there in the place of a mask where what was scored is what is to be masked: that.
     """
 
     index: Tensor | None
     count: Tensor | None = None
     mask: Tensor | None = None
+    scored: Tensor | None = None
+
+    @property
+    def own(self) -> bool:
+        """Whether each row has a list of its own."""
+        return self.index is not None and self.mask is None
 
     def masked(self, x: Tensor, block: int = 1) -> Tensor:
         """(batch, channels) -> the same, 0 where a row drops a unit of ``block`` channels."""
+        if self.scored is not None:
+            return self.scored
         assert self.mask is not None, "lists of the rows' own need no mask"
-        mask = self.mask if block == 1 else self.mask.repeat_interleave(block, dim=1)
-        return x * mask
+        return (x.unflatten(1, (-1, block)) * self.mask[..., None]).flatten(1)
 
     def gathered(self, x: Tensor, block: int = 1) -> Tensor:
         """`masked`, of the listed units alone: (batch, n * block)."""
@@ -101,14 +109,20 @@ class SiteStep:
         else:
             self.fixed = kept_units(site.density, site.units)
 
+    def way(self, rows: int) -> Way:
+        """How a batch of so many rows reads the weights."""
+        return self.ways[rows - 1]
+
     def decide(self, scored: Tensor) -> Kept:
         """What is kept of a token of each row, from the (batch, n) activation that the score
         reads, the way that suits the batch."""
-        way = self.ways[len(scored) - 1]
-        if way == "own":
+        taken = self.way(len(scored))
+        if taken == "own":
             return self.lists(scored)
+        if taken == "whole" and self.magnitudes:
+            return Kept(None, scored=self._thinned(scored))
         mask = self._mask(self._scores(scored))
-        if way == "whole":
+        if taken == "whole":
             return Kept(None, mask=mask)
         return Kept(*gpu.union_indices(mask), mask)
 
@@ -129,6 +143,16 @@ class SiteStep:
 
     def _scores(self, scored: Tensor) -> Tensor:
         return scored if self.magnitudes else self.score(scored)
+
+    def _thinned(self, x: Tensor) -> Tensor:
+        """(batch, units), of which magnitudes are compared -> the same, 0 where a row drops one."""
+        if self.fixed is not None:
+            return gpu.keep_topk(x, self.fixed, factor=self.factor)
+        assert self.threshold is not None
+        assert self.counter is not None
+        kept, count = gpu.keep_above(x, self.threshold)
+        self.counts.add(self.counter, count)
+        return kept
 
     def _mask(self, scores: Tensor) -> Tensor:
         """(batch, n) scores -> (batch, units) bool, counted."""
@@ -160,5 +184,6 @@ def _ways(site: Site, weight_bytes: float | None) -> tuple[Way, ...]:
         return (own,) * MOST_ROWS
     shared = site.weights_per_group * (site.units // site.group)
     size = (site.weights_per_unit * site.units + shared) * weight_bytes
-    choice = site.density, site.units, size
+    among = OF_HEADS if site.name == "attn.head" else WAYS
+    choice = site.density, site.units, size, among
     return tuple(way(rows, *choice) for rows in range(1, MOST_ROWS + 1))

@@ -177,7 +177,7 @@ class LayerStep:
         self.rotation = rotation
         self.rows = step.rows
         self.skipped = None
-        if block.heads is not None:
+        if block.heads is not None and block.heads.way(len(step.token)) != "whole":
             kept = self.keys, self.values
             at = step.rows, step.ring
             self.skipped = SkippedHeads(block, self.heads, rotation, kept, *at)
@@ -201,15 +201,17 @@ class LayerStep:
         return hidden, mlp(x, kept, chosen)
 
     def _attention(self, x: Tensor, kept: Kept | None) -> Tensor:
-        block = self.block
-        if self.skipped is not None and block.heads is not None:
-            choice = self.forecast.take(block.heads)
+        block, heads = self.block, self.block.heads
+        if self.skipped is not None and heads is not None:
+            choice = self.forecast.take(heads)
             assert choice.used is not None, "heads are used, not only kept"
             return self.skipped(choice.used)
         qkv = block.qkv.product(x, kept)
         at = self.rotation, self.keys, self.values, self.rows, self.heads
         made = steps.attend(qkv, *at)
-        return block.out(made)
+        if heads is None:
+            return block.out(made)
+        return block.out.product(made, self.forecast.take(heads).kept)
 
 
 def _normed(

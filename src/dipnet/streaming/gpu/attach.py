@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import wraps
+from threading import RLock
 from typing import Any, cast
 
 from torch import Tensor
@@ -21,15 +24,28 @@ from dipnet.models.tokens import Prefill, TokenState
 from dipnet.streaming.attach import Loaded
 from dipnet.streaming.engine import Key
 from dipnet.streaming.gpu.blocks import StoredBlock
+from dipnet.streaming.gpu.budget import key_tokens
 from dipnet.streaming.gpu.groups import CachedGroup, DeviceGroup, Running
 from dipnet.streaming.gpu.usage import DeviceRecorder, DeviceUsage
 from dipnet.streaming.keys import check_room
 
 
+def in_turn(forward: Callable[..., Any], turn: AbstractContextManager[Any]) -> Callable[..., Any]:
+    """A forward function that waits for its turn."""
+
+    @wraps(forward)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with turn:
+            return forward(*args, **kwargs)
+
+    return alone
+
+
 class StoredDecoding(Decoding):
     """Our decode loop, on blocks whose products are of records.
 
-    Keys and values are for ``context`` tokens, and where memory is ``limited`` for no more.
+    Keys and values are for ``context`` tokens, and where memory is ``limited`` for no more. A text
+    has the model to itself (``turn``): its caches, its counts and its graph's state are there once.
     """
 
     recorder: DeviceRecorder
@@ -48,6 +64,7 @@ class StoredDecoding(Decoding):
         super().__init__(decoder, method, tokens, residual, usage, kept_inputs=1, strict=True)
         self.context = context
         self.limited = limited
+        self.turn = RLock()
 
     def build(self, groups: Mapping[Key, DeviceGroup]) -> None:
         """Make the blocks, for families that the loop knows."""
@@ -60,6 +77,8 @@ class StoredDecoding(Decoding):
 
     def begin(self, inputs: Tensor) -> bool:
         """Whether the forward call over (batch, tokens, ...) ``inputs`` decodes tokens."""
+        if self.limited and not self.recorder.in_loop:
+            self._replay = None  # Hugging Face's own cache takes the memory of ours
         if self.tokens.all_dense:
             self.recorder.prompt()
             return False
@@ -71,6 +90,11 @@ class StoredDecoding(Decoding):
     def replay(self, length: int, rows: int = 1) -> Replay:
         """The step for texts of ``length`` tokens: of the longest that memory is kept for."""
         return super().replay(max(length, self.context // rows), rows)
+
+    def columns(self, length: int, rows: int) -> int:
+        """Of a cache: in limited memory no more than it was divided for, in all rows together."""
+        rounded = super().columns(length, rows)
+        return min(rounded, key_tokens(self.context) // rows) if self.limited else rounded
 
     def why_no_loop(self, length: int) -> str | None:
         """Why our decode loop does not serve a text of ``length`` tokens; None when it does."""
@@ -91,7 +115,7 @@ class StoredDecoding(Decoding):
         longest = stopping_criteria.max_length
         if self.limited and longest is not None:
             check_room(self.context, len(input_ids), longest)
-        with self.recorder.loop():
+        with self.turn, self.recorder.loop():
             return super().sample(
                 model,
                 input_ids,
@@ -143,6 +167,8 @@ class OnDevice(Loaded):
         kind = type(model)
         named = {"_sample": sample, "__doc__": kind.__doc__, "__module__": kind.__module__}
         model.__class__ = type(kind.__name__, (kind,), named)
+        for module in (model, model.get_decoder()):
+            module.forward = in_turn(module.forward, self.decoding.turn)
 
     def caching(self) -> CacheState | None:
         """The caches of the sites; None when all records are there, and no mask depends on them."""

@@ -22,6 +22,11 @@ MARGIN = 192 << 20
 SMALLEST_STEP = 2**20
 
 
+def key_tokens(context: int) -> int:
+    """The tokens that keys and values are held for: of one sequence, or of all together."""
+    return round_up(context, LENGTHS)
+
+
 def most_wanted(group: Group, choice: SiteChoice | None) -> int:
     """The records of a group that a token may want."""
     return group.units if choice is None else choice.most
@@ -59,7 +64,7 @@ class DeviceNeeds:
         return cls(
             held=held + tables + others,
             past=sum(past.values()),
-            keys=key_numbers(model) * size * round_up(context, LENGTHS),
+            keys=key_numbers(model) * size * key_tokens(context),
             work=8 * DECODED_BYTES + context * (rows * (8 + 3 * size) + context * size),
         )
 
@@ -68,15 +73,19 @@ class DeviceNeeds:
         """All of it, with the margin."""
         return self.held + self.past + self.keys + self.work + MARGIN
 
-    def left(self, memory: int) -> int:
-        """What a budget leaves for the caches; InputError when it is too small."""
+    def left(self, memory: int, *, planned: bool = False) -> int:
+        """What a budget leaves for the caches; InputError when it is too small.
+
+        ``planned`` says that a plan brought it.
+        """
         if memory < self.total:
             smallest = round_up(self.total, SMALLEST_STEP) >> 20
+            plan = "; a plan's memory is a process's on a CPU, and the GPU's here" * planned
             raise InputError(
                 f"a budget of {size_text(memory)} of the GPU's memory is too small for this model: "
                 f"the smallest that works is {smallest} MiB (weights that are always there "
                 f"{size_text(self.held)}, a token's records {size_text(self.past)}, keys and "
                 f"values {size_text(self.keys)}, a prompt {size_text(self.work)}, margin "
-                f"{size_text(MARGIN)}); a shorter context needs less"
+                f"{size_text(MARGIN)}); a shorter context needs less{plan}"
             )
         return memory - self.total

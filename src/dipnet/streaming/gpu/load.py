@@ -41,7 +41,8 @@ class Bounds:
     """How a model on a GPU is held.
 
     ``memory`` bounds all that it takes of the GPU's, ``cache`` the caches alone; with neither,
-    everything is there. Keys and values are for ``context`` tokens.
+    everything is there. Keys and values are for ``context`` tokens. ``planned`` says that a plan
+    brought the bounds.
     """
 
     device: torch.device
@@ -51,6 +52,7 @@ class Bounds:
     policy: str
     split: Split
     dtype: torch.dtype = torch.bfloat16
+    planned: bool = False
 
 
 def check_gpu(name: str) -> torch.device:
@@ -67,6 +69,27 @@ def check_gpu(name: str) -> torch.device:
     if reason:
         raise BackendError(f"backend 'gpu' {reason}: load the store with device='cpu'")
     return probe.device
+
+
+def check_options(
+    look_ahead: bool | None, reader: object, policy: str | None, split: str | None, bounded: bool
+) -> None:
+    """Raise InputError for an option of `dipnet.load` that would change nothing on a GPU."""
+    if look_ahead:
+        raise InputError(
+            "look_ahead is for device='cpu', which reads from disk: on a GPU nothing is read ahead"
+        )
+    if reader is not None:
+        raise InputError(
+            "reader is for device='cpu', which reads from disk: a GPU's records are in the host's "
+            "memory or in its own"
+        )
+    for name, value in (("policy", policy), ("cache_split", split)):
+        if value is not None and not bounded:
+            raise InputError(
+                f"{name} is for caches, and without memory= or cache= everything is on the GPU: "
+                "give one of them, or leave it out"
+            )
 
 
 def check_sites(method: Method, index: Index, decoder: Decoder) -> None:
@@ -169,7 +192,7 @@ def _groups(
     if bounds.memory is not None:
         size = bounds.dtype.itemsize
         needs = DeviceNeeds.of(index, model, choices, bounds.context, size)
-        budget = needs.left(bounds.memory)
+        budget = needs.left(bounds.memory, planned=bounds.planned)
     shares = densities(attached.method, index, attached.decoder.spec)
     slots = divide(index, budget, shares, bounds.split)
     builder = _Builder(index, attached.running, choices, slots, bounds)

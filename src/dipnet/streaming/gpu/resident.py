@@ -46,7 +46,7 @@ def resident(
     try:
         model, scales = filled_model(folder, device, dtype)
         decoder = Decoder(model)
-        fitted = fitted_method(method or Dense(), index, decoder.spec)
+        fitted = fitted_method(method or Dense(), folder, index, decoder.spec)
         for number in range(len(index.groups)):
             _put(decoder, read_records(folder, index, number, scales).to(device))
     except torch.OutOfMemoryError:

@@ -65,7 +65,7 @@ class DeviceRecorder:
         self._groups = groups
         self._usage = usage
         self._begun: float | None = None
-        self._in_loop = False
+        self.in_loop = False
         self.reset()
 
     def reset(self) -> None:
@@ -83,7 +83,7 @@ class DeviceRecorder:
         model.register_forward_hook(self._end, always_call=True)
 
     def _begin(self, *_: Any) -> None:
-        self._begun = None if self._in_loop else time.perf_counter()
+        self._begun = None if self.in_loop else time.perf_counter()
 
     def _end(self, *_: Any) -> None:
         if self._begun is not None:
@@ -93,12 +93,12 @@ class DeviceRecorder:
     @contextmanager
     def loop(self) -> Iterator[None]:
         """Time our decode loop, the prompt's forward call among it."""
-        begun, self._in_loop = time.perf_counter(), True
+        begun, self.in_loop = time.perf_counter(), True
         try:
             yield
         finally:
             self._total += time.perf_counter() - begun
-            self._in_loop = False
+            self.in_loop = False
 
     def prompt(self) -> None:
         """A call begins that decodes no token."""
