@@ -355,11 +355,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result: dict[str, Any] = {"benchmark": "adapt", "model": options.model}
     result |= {"method": options.method, "text": options.text, "steps": options.steps}
     result |= {"characters": options.characters}
-    measured = [d for d in options.densities if f"adapted {d:g}" in run.found]
+    before = json.loads(options.before.read_text()) if options.before else run.found
     if "dense adapted" in run.found:
-        before = json.loads(options.before.read_text()) if options.before else run.found
+        there = [d for d in options.densities if f"adapted {d:g}" in run.found]
+        measured = [d for d in there if f"masked {d:g}" in before]
         result["densities"] = table(run.found, measured, before)
-    if all(f"cache {label} {gamma:g}" in run.found for label in CACHED for gamma in (1.0, GAMMA)):
+    needed = [f"cache {label} {gamma:g}" for label in CACHED for gamma in (1.0, GAMMA)]
+    if all(name in run.found for name in ("cache dense", *needed)):
         result["cache"] = cached_table(run.found, GAMMA)
     kept = ("packed ", "stand-in ")
     result |= {name: part for name, part in run.found.items() if name.startswith(kept)}

@@ -40,6 +40,28 @@ def test_everything_takes_them(run: Run, llama: str, text: str, above: str, tmp_
     assert row["density"] == pytest.approx(0.5, abs=0.05)
 
 
+def test_a_store_of_blocks_takes_those_of_blocks(
+    run: Run, llama: str, text: str, above: str, tmp_path: Path
+) -> None:
+    store, pairs = str(tmp_path / "store"), str(tmp_path / "pairs.json")
+    run("pack", llama, store, "--weights", "int8", "--block", "2")
+    fit = ("fit", "thresholds", llama, "--text", text, "--window", "16", "--out", pairs)
+    assert run(*fit, "--method", "dip-threshold:hidden_block=2").code == 0
+    asked = ("--text", text, "--window", "16", "--density", "0.5", "--json")
+    method = f"dip-threshold:fitted={pairs}"
+    rows = [run("eval", m, *asked, "--method", method).json["rows"][1] for m in (llama, store)]
+    assert rows[1]["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=5e-3)
+    refused = run("eval", store, *asked, "--method", f"dip-threshold:fitted={above}")
+    assert refused.code != 0
+    assert "blocks of 2 channels and the method decides about 1" in refused.err
+    other = str(tmp_path / "ordered")
+    ordered = ("--weights", "int8", "--block", "2", "--calibration", text)
+    assert run("pack", llama, other, *ordered).code == 0
+    refused = run("eval", other, *asked, "--method", method)
+    assert refused.code != 0
+    assert "the store holds them in another order" in refused.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

@@ -37,6 +37,7 @@ def test_a_file_is_what_was_saved(tmp_path: Path) -> None:
     expected = [site.density for site in dipnet.DIP(0.5).sites(SPEC)]
     assert [site.density for site in method.sites(SPEC)] == pytest.approx(expected, abs=1e-6)
     assert method == DIPThreshold(0.5, fitted=file)  # a path, or its name
+    assert hash(DIPThreshold(0.5, fitted=fitted())) == hash(DIPThreshold(0.5, fitted=fitted()))
 
 
 def test_what_is_fitted_is_what_calibration_finds() -> None:
@@ -105,7 +106,7 @@ def test_a_bad_file_is_one_line(
 def test_what_does_not_go_together() -> None:
     with pytest.raises(InputError, match=r"fitted at a density of 0\.3, 0\.5, not of 0\.4"):
         DIPThreshold(0.4, fitted=fitted())
-    with pytest.raises(InputError, match="leave out split and allocation"):
+    with pytest.raises(InputError, match="leave out split, allocation and hidden_block"):
         DIPThreshold(0.5, split=1.3, fitted=fitted())
     with pytest.raises(InputError, match="fitted with other scores"):
         dipnet.sparsify(shared("llama"), DIPThreshold(0.5, fitted=fitted(scores=True)))
@@ -114,5 +115,8 @@ def test_what_does_not_go_together() -> None:
     method = DIPThreshold(0.5, fitted=fitted())
     with pytest.raises(InputError, match="fitted already"):
         dipnet.fit_thresholds(shared("llama"), method, (0.5,), CALIBRATION, window=WINDOW)
+    for densities, complaint in (((0.5, 1.0), "at density 1"), ((), "from 1 to 100 densities")):
+        with pytest.raises(InputError, match=complaint):
+            dipnet.fit_thresholds(shared("llama"), DIPThreshold(0.5), densities, CALIBRATION)
     with pytest.raises(InputError, match="has to be calibrated"):
         dipnet.sparsify(shared("llama"), DIPThreshold(0.5))

@@ -197,6 +197,9 @@ def _identity(
         "division of the density": hashlib.sha256(
             repr(method.sites(decoder.spec)).encode()
         ).hexdigest(),
+        "thresholds": hashlib.sha256(
+            repr(getattr(method, "thresholds", None)).encode()
+        ).hexdigest(),
         "window": f"{window}, bos {bos}",
         **settings.decides,
     }

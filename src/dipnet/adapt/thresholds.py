@@ -13,6 +13,10 @@ from dipnet.errors import InputError
 from dipnet.methods.dip_threshold import DIPThreshold
 from dipnet.methods.thresholds import Thresholds
 from dipnet.models.families import default_window
+from dipnet.units import check_density
+
+MOST = 100
+"""Densities that a file holds."""
 
 Progress = Callable[[int, int, str], object]
 """Called with the densities that are done, how many there are, and what there is to say."""
@@ -35,6 +39,11 @@ def fit_thresholds(
     """
     if method.read is not None:
         raise InputError("these thresholds are fitted already: leave out fitted")
+    if not 1 <= len(set(densities)) <= MOST:
+        raise InputError(f"give from 1 to {MOST} densities")
+    for density in densities:
+        if check_density(density) == 1:
+            raise InputError("at density 1 there is nothing to fit: give a lower density")
     spec = TextCalibration(model, tokens, window or default_window(model), bos).spec
     found = []
     wanted = sorted(set(densities))
@@ -45,4 +54,5 @@ def fit_thresholds(
         assert made.thresholds is not None
         shares = {(site.layer, site.name): site.density for site in made.sites(spec)}
         found.append((density, shares, made.thresholds))
-    return Thresholds.of(spec, method.plain.factors, found, {"tokens": tokens.numel()})
+    block, fit = method.hidden_block or 1, {"tokens": tokens.numel()}
+    return Thresholds.of(spec, method.plain.factors, block, found, fit)

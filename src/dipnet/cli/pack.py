@@ -17,6 +17,7 @@ from dipnet.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dipnet.methods.allocation import Allocation
     from dipnet.pack.plan import Block
     from dipnet.store.geometry import Weights
     from dipnet.store.index import Index
@@ -74,7 +75,9 @@ def pack(
     from dipnet.pack.packing import pack as pack_store
 
     divided = Allocation.given(allocation)
-    permutation = _fit(model, calibration, weights.value, size, unit) if calibration else None
+    permutation = None
+    if calibration is not None:
+        permutation = _fit(model, calibration, weights.value, size, unit, divided)
     began = time.monotonic()
     try:
         with byte_progress(f"packing {model}") as progress:
@@ -102,7 +105,12 @@ def _block(value: str) -> Block:
 
 
 def _fit(
-    model: str, file: Path, weights: Weights, block: Block, unit: Records
+    model: str,
+    file: Path,
+    weights: Weights,
+    block: Block,
+    unit: Records,
+    divided: Allocation | None,
 ) -> dict[int, Tensor]:
     """The order of every layer's neurons, found on a text in the dense model."""
     from dipnet.adapt.coactivation import fit_orders
@@ -112,7 +120,10 @@ def _fit(
     from dipnet.models.load import empty_model, load_config
     from dipnet.pack.plan import chosen_block
 
-    outputs, neurons = describe(empty_model(load_config(model))).matrices["down"]
+    spec = describe(empty_model(load_config(model)))
+    if divided is not None:
+        divided.check_model(spec)
+    outputs, neurons = spec.matrices["down"]
     size = 1 if unit is Records.NEURON else chosen_block(weights, block, outputs, neurons)
     if size == 1:
         raise InputError(

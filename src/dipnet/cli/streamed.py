@@ -238,7 +238,8 @@ def check_fitted(method: Method) -> Method:
     if method.needs_calibration:
         raise InputError(
             f"{method.name} is fitted on a text with the dense model, which a store does not hold: "
-            "calibrate it on the checkpoint in Python and hand it to dipnet.load, or take dip"
+            "calibrate it on the checkpoint in Python and hand it to dipnet.load, take dip, or "
+            "dip-threshold:fitted=FILE of dipnet fit thresholds"
         )
     return method
 

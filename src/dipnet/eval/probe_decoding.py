@@ -78,7 +78,7 @@ Those of eight layers cost more than four times those of two: caches are colder.
 NEW_TOKENS = 12
 LONGEST_WAKE = 3e-4
 """Seconds; more is no waking: products are slower as a whole."""
-TRIES = 5
+TRIES = 4
 """Of each text that is generated; one more before them warms up."""
 KEPT = 0.5
 HEAD_SIZE = 64
@@ -159,17 +159,24 @@ def decoding_costs(
     others = [max(found["dense"].besides_products, 1e-9) for found in timed]
     token, layer, number, logit, key = fitted([sample.terms for sample in SAMPLES], others)
     streamed = [each for each in zip(SAMPLES, timed, strict=True) if each[0].streamed]
-    more: dict[str, list[float]] = {name: [] for name in ("masks", "alone", "dense alone", "ahead")}
-    for _, found in streamed:
-        besides = {name: t.working_besides(reads, call) for name, t in found.items()}
-        masks = found["memory"].besides_products - found["dense"].besides_products
-        more["masks"].append(masks)
-        more["alone"].append(besides["alone"] - besides["memory"])
-        more["dense alone"].append(besides["dense alone"] - besides["dense"])
-        more["ahead"].append(besides["ahead"] - besides["alone"] - masks)
-    each = (_per_unit([sample for sample, _ in streamed], seconds) for seconds in more.values())
+    more = [_more(found, reads, call) for _, found in streamed]
+    each = (
+        _per_unit([sample for sample, _ in streamed], seconds)
+        for seconds in zip(*more, strict=True)
+    )
     costs = StepCosts(token, layer, number, logit, key, call, threads, wake, *each)
     return costs, factor
+
+
+def _more(
+    found: Mapping[str, _Timed], reads: ReadCosts, call: float
+) -> tuple[float, float, float, float]:
+    """Seconds of a token that masks take, and what exchange, streaming and guesses take more."""
+    besides = {name: timed.working_besides(reads, call) for name, timed in found.items()}
+    masks = found["memory"].besides_products - found["dense"].besides_products
+    exchange = besides["alone"] - besides["memory"]
+    streaming = besides["dense alone"] - besides["dense"]
+    return masks, exchange, streaming, besides["ahead"] - besides["alone"] - masks
 
 
 def _per_unit(samples: Sequence[Sample], seconds: Sequence[float]) -> PerUnit:

@@ -97,6 +97,11 @@ class Point(BaseModel):
     density: Annotated[float, Field(gt=0, lt=1)]
     sites: dict[_Name, list[_Share]]
 
+    @classmethod
+    def of(cls, density: float, sites: Mapping[SiteKey, float]) -> Self:
+        """From the densities by site; they are rounded to six decimals."""
+        return cls(density=density, sites=by_name({key: round(sites[key], 6) for key in sites}))
+
 
 class Allocation(BaseModel):
     """What such a file holds; ``fit`` is what is known of how it was found, for people."""
@@ -212,21 +217,19 @@ class Allocation(BaseModel):
         points: Mapping[float, Mapping[SiteKey, float]],
         fit: Mapping[str, Any],
     ) -> Allocation:
-        """From each budget's densities by site; they are rounded to six digits."""
+        """From each budget's densities by site."""
         return cls(
             model=Shapes.of(spec),
-            points=[
-                Point(density=density, sites=by_name(points[density])) for density in sorted(points)
-            ],
+            points=[Point.of(density, points[density]) for density in sorted(points)],
             fit=dict(fit),
         )
 
 
 def by_name(numbers: Mapping[SiteKey, float]) -> dict[Any, list[float]]:
-    """Numbers by site -> by the site's name, a list over the layers; rounded to six digits."""
+    """Numbers by site -> by the site's name, a list over the layers."""
     found: dict[Any, list[float]] = {}
     for (_layer, name), number in sorted(numbers.items()):
-        found.setdefault(name, []).append(round(number, 6))
+        found.setdefault(name, []).append(number)
     return found
 
 

@@ -32,9 +32,9 @@ ROUNDS = 2
 class DIPThreshold(Threshold):
     """DIP's two masks of each MLP, decided by thresholds.
 
-    ``density``, ``split``, ``allocation`` and ``scores`` mean what they mean for `DIP`. The
-    thresholds come from a calibration text, or are ``fitted``: a file of `dipnet fit thresholds`,
-    or a `Thresholds`, which has the sites' densities, too.
+    ``density``, ``split``, ``allocation``, ``scores`` and ``hidden_block`` mean what they mean for
+    `DIP`. The thresholds come from a calibration text, or are ``fitted``: a file of `dipnet fit
+    thresholds`, or a `Thresholds`, which has the sites' densities and the block, too.
     """
 
     name: ClassVar[str] = "dip-threshold"
@@ -42,6 +42,7 @@ class DIPThreshold(Threshold):
     split: float | None = field(default=None, kw_only=True)
     allocation: str | Path | Allocation | None = field(default=None, kw_only=True)
     scores: str | Path | Factors | None = field(default=None, kw_only=True)
+    hidden_block: int | None = field(default=None, kw_only=True)
     fitted: str | Path | Thresholds | None = field(default=None, kw_only=True)
     plain: DIP = field(init=False, repr=False, compare=False)
     read: Thresholds | None = field(init=False, repr=False, compare=False)
@@ -50,16 +51,22 @@ class DIPThreshold(Threshold):
         for option in ("allocation", "scores", "fitted"):
             if isinstance(given := getattr(self, option), Path):
                 object.__setattr__(self, option, str(given))  # told where settings are told
-        allocation = self.allocation
+        allocation, block = self.allocation, self.hidden_block
         if (read := Thresholds.given(self.fitted)) is not None:
-            if allocation is not None or self.split is not None:
+            if (allocation, self.split, block) != (None, None, None):
                 raise InputError(
-                    "fitted thresholds say how the density is divided: leave out split and "
-                    "allocation"
+                    "fitted thresholds say how the density is divided and how large a block is: "
+                    "leave out split, allocation and hidden_block"
                 )
-            allocation = read.allocation
+            allocation, block = read.allocation, read.hidden_block
             object.__setattr__(self, "thresholds", read.at(self.density))
-        plain = DIP(self.density, split=self.split, allocation=allocation, scores=self.scores)
+        plain = DIP(
+            self.density,
+            split=self.split,
+            allocation=allocation,
+            scores=self.scores,
+            hidden_block=block,
+        )
         object.__setattr__(self, "plain", plain)
         object.__setattr__(self, "read", read)
 

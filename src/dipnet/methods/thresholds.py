@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, JsonValue, model_validator
 
-from dipnet.described import CLOSED, Described, Digest
+from dipnet.described import CLOSED, Described, Digest, Size
 from dipnet.errors import InputError
 from dipnet.files import write_file
 from dipnet.methods.allocation import Allocation, Point, Shapes, by_name
@@ -44,7 +44,8 @@ class Fitted(BaseModel):
 class Thresholds(BaseModel):
     """What such a file holds; ``fit`` is what is known of how they were found, for people.
 
-    ``scores_sha256`` is that of the factors with which magnitudes were multiplied, None without.
+    ``scores_sha256`` is that of the factors with which magnitudes were multiplied, None without;
+    ``hidden_block`` the neurons that the hidden mask keeps or drops together.
     """
 
     model_config = CLOSED
@@ -53,6 +54,7 @@ class Thresholds(BaseModel):
     version: Literal[1] = 1
     model: Shapes
     scores_sha256: Digest | None
+    hidden_block: Size = 1
     fitted: Annotated[list[Fitted], Field(min_length=1, max_length=100)]
     fit: dict[str, JsonValue]
 
@@ -67,6 +69,9 @@ class Thresholds(BaseModel):
                     f"density {each.point.density:g}: every site needs a threshold a layer"
                 )
         return self
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
 
     @property
     def allocation(self) -> Allocation:
@@ -119,16 +124,21 @@ class Thresholds(BaseModel):
         cls,
         spec: ModelSpec,
         factors: Factors | None,
+        hidden_block: int,
         found: Sequence[tuple[float, Mapping[SiteKey, float], Mapping[SiteKey, float]]],
         fit: Mapping[str, Any],
     ) -> Thresholds:
         """From each density, with the sites' densities and thresholds."""
         fitted = [
-            Fitted(point=Point(density=density, sites=by_name(shares)), above=by_name(above))
+            Fitted(point=Point.of(density, shares), above=by_name(above))
             for density, shares, above in sorted(found, key=lambda each: each[0])
         ]
         return cls(
-            model=Shapes.of(spec), scores_sha256=digest(factors), fitted=fitted, fit=dict(fit)
+            model=Shapes.of(spec),
+            scores_sha256=digest(factors),
+            hidden_block=hidden_block,
+            fitted=fitted,
+            fit=dict(fit),
         )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from dipnet.errors import InputError
 from dipnet.methods.base import Method
 from dipnet.methods.dip import DIP
+from dipnet.methods.dip_threshold import DIPThreshold
 from dipnet.methods.heads import NeuronsAndHeads
 from dipnet.store.check import check_allocation
 from dipnet.store.geometry import Unit
@@ -81,11 +82,19 @@ def _divided(method: DIP, folder: Path, index: Index) -> DIP:
 
 
 def _check_order(method: Method, index: Index) -> None:
-    """Raise InputError for scores of neurons that a store holds in another order."""
-    if isinstance(method, DIP) and method.factors is not None and index.neurons_permuted:
+    """Raise InputError for what was fitted on neurons that a store holds in another order."""
+    plain = method.plain if isinstance(method, DIPThreshold) else method
+    if not isinstance(plain, DIP) or not index.neurons_permuted:
+        return
+    if plain.factors is not None:
         raise InputError(
             "these scores are of the checkpoint's neurons, and the store holds them in another "
             "order: pack the model without --calibration, or leave scores out"
+        )
+    if plain is not method and plain.hidden_block not in (None, 1):
+        raise InputError(
+            "these thresholds are of blocks of the checkpoint's neurons, and the store holds them "
+            "in another order: pack the model without --calibration, or with --block 1"
         )
 
 

@@ -44,6 +44,8 @@ def methods(family: str, model: PreTrainedModel) -> list[Any]:
         found += [dipnet.UpPruning(0.6), thresholds(dipnet.CATS(0.6), model)]
         spec = dipnet.describe(model)
         found += [allocated(spec, attention=True), scored(spec)]
+        weighed = dipnet.DIPThreshold(0.5, scores=scored(spec).scores)
+        found += [thresholds(weighed, model)]
     return found
 
 

@@ -94,6 +94,8 @@ class SiteStep:
         self.key = site.layer, site.name
         self.magnitudes = magnitudes(method, site)
         self.factor = method.factor(site, device) if self.magnitudes else None
+        if self.factor is not None and isinstance(method, Threshold):
+            self.magnitudes, self.factor = False, None  # those kernels take none: `score` does
         self.group = site.group
         self.ways = _ways(site, weight_bytes)
         self.score: Callable[[Tensor], Tensor] = partial(method.score, site)
