@@ -18,6 +18,7 @@ from dipnet.methods.request import parse_method
 from dipnet.units import ModelSpec
 from tests.families import shared
 from tests.matrix import allocated, scored
+from tests.methods.changed import changed
 
 SPEC = dipnet.describe(shared("llama"))
 
@@ -91,21 +92,6 @@ def test_norms_as_scores_are_wina() -> None:
             assert torch.equal(by_file, sparse(tokens).logits)
 
 
-def change(path: list[Any], value: Any) -> dict[str, Any]:
-    """The JSON of a good allocation with one thing else; a value of None removes it."""
-    made = allocated(SPEC).allocation
-    assert isinstance(made, Allocation)
-    said: dict[str, Any] = json.loads(made.model_dump_json())
-    place: Any = said
-    for step in path[:-1]:
-        place = place[step]
-    if value is None:
-        del place[path[-1]]
-    else:
-        place[path[-1]] = value
-    return said
-
-
 BAD: list[tuple[list[Any], Any, str]] = [
     (["format"], "dipnet-plan", "has no format 'dipnet-allocation'"),
     (["version"], 2, "of version 2 and this dipnet reads 1"),
@@ -126,7 +112,7 @@ def test_a_bad_file_is_one_line(
     tmp_path: Path, path: list[Any], value: Any, complaint: str
 ) -> None:
     file = tmp_path / "a.json"
-    file.write_text(json.dumps(change(path, value)))
+    file.write_text(json.dumps(changed(allocated(SPEC).allocation, path, value)))
     with pytest.raises(InputError) as caught:
         DIP(0.5, allocation=file)
     message = str(caught.value)

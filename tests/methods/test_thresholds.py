@@ -16,6 +16,7 @@ from dipnet.errors import InputError
 from dipnet.methods.request import parse_method
 from tests.families import shared
 from tests.matrix import CALIBRATION, WINDOW, logits, scored
+from tests.methods.changed import changed
 
 SPEC = dipnet.describe(shared("llama"))
 TOKENS = torch.arange(1, 25)[None]
@@ -63,19 +64,6 @@ def test_the_text_reads_what_was_asked(density: float, scores: bool) -> None:
         assert found == pytest.approx(site.density, abs=0.02), (site.layer, site.name)
 
 
-def change(path: list[Any], value: Any) -> dict[str, Any]:
-    """The JSON of good thresholds with one thing else; a value of None removes it."""
-    said: dict[str, Any] = json.loads(fitted().model_dump_json())
-    place: Any = said
-    for step in path[:-1]:
-        place = place[step]
-    if value is None:
-        del place[path[-1]]
-    else:
-        place[path[-1]] = value
-    return said
-
-
 BAD: list[tuple[list[Any], Any, str]] = [
     (["format"], "dipnet-allocation", "has no format 'dipnet-thresholds'"),
     (["version"], 2, "of version 2 and this dipnet reads 1"),
@@ -94,7 +82,7 @@ def test_a_bad_file_is_one_line(
     tmp_path: Path, path: list[Any], value: Any, complaint: str
 ) -> None:
     file = tmp_path / "above.json"
-    file.write_text(json.dumps(change(path, value)))
+    file.write_text(json.dumps(changed(fitted(), path, value)))
     with pytest.raises(InputError) as caught:
         DIPThreshold(0.5, fitted=file)
     message = str(caught.value)

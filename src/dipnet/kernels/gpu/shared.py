@@ -4,8 +4,7 @@
 
 Float32 times bfloat16 is three products of bfloat16: each part of x has eight of its 24 binary
 digits, and the parts are rows that a tensor core would leave empty. Other float32 is multiplied in
-parts of both, at several times the cost, and loses two digits. Tensor cores cut off what they add:
-a sum of thousands of terms has an error of some 1e-5 of the result's norm, which tests bound.
+parts of both, at several times the cost, and loses two digits.
 """
 
 from __future__ import annotations
@@ -27,6 +26,8 @@ from dipnet.kernels.gpu.common import (
 )
 
 _WIDEN = tl.constexpr(INTERPRETED)  # the interpreter would multiply the bits of bfloat16
+FEWEST_TERMS = tl.constexpr(16)
+"""Of a sum that a tensor core makes in one step."""
 FEWEST = 16
 """Rows of x that a tensor core multiplies at least; missing ones are zero."""
 
@@ -185,12 +186,14 @@ def _product(left, right, total, PARTS: tl.constexpr):
     """``total + left @ right``; of different dtypes, in float32.
 
     One multiplication of float32 would do without tensor cores: many times the time. They cut off
-    what they add to a long sum, so that sums of parts are added here.
+    what they add to a long sum, so that sums of parts are added here. Triton would make one sum of
+    both again, but not where imprecise sums are bounded: what else that means is for eight bits.
     """
     if left.dtype != right.dtype or _WIDEN:
         left, right = left.to(tl.float32), right.to(tl.float32)
     if PARTS > 1:
-        return total + tl.dot(left, right, input_precision="tf32x3")
+        made = tl.dot(left, right, input_precision="tf32x3", max_num_imprecise_acc=FEWEST_TERMS)
+        return total + made
     return tl.dot(left, right, total, input_precision="tf32x3")
 
 
