@@ -222,12 +222,17 @@ class Benchmark:
             )
 
     def stand_in(self) -> None:
-        """Perplexity and hits of the model as it is: with the true cache, and with its stand-in."""
+        """Perplexity and hits with the true cache and with its stand-in: without adapters, and with
+        those that were trained under the stand-in, where there are any."""
+        models = {"": self.fresh("cpu")}
+        if (self.out / "cached").exists():
+            models["adapted "] = self.adapted("cached", "cpu")
         method = self.cached_method(GAMMA)
-        model = self.fresh("cpu")
         tokens = self.tokens([self.options.test])[: STAND_IN_WINDOWS * WINDOW]
 
-        def part(cache: CacheSettings, rounds: int | None) -> dict[str, Any]:
+        def part(
+            model: PreTrainedModel, cache: CacheSettings, rounds: int | None
+        ) -> dict[str, Any]:
             attachment: Attachment = (
                 StandInAttachment(Decoder(model), method, cache, rounds)
                 if rounds
@@ -241,11 +246,11 @@ class Benchmark:
             hits = attachment.usage.cache().hit_rate
             return {"perplexity": found.perplexity, "hit_rate": hits}
 
-        for policy in ("lru", "lfu"):
+        for (kind, model), policy in itertools.product(models.items(), ("lru", "lfu")):
             cache = CacheSettings(SHARE, policy)
             for rounds in (None, 1, 2, 4, 8):
                 label = f"{rounds} rounds" if rounds else "true"
-                self.once(f"stand-in {policy} {label}", partial(part, cache, rounds))
+                self.once(f"stand-in {kind}{policy} {label}", partial(part, model, cache, rounds))
 
     def packed(self) -> None:
         """The merged checkpoint packed, and its perplexity from the store beside torch's."""

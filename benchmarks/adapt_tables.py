@@ -31,20 +31,22 @@ def table(
 
 
 def cached_table(found: dict[str, Any], gamma: float) -> dict[str, Any]:
-    """What γ costs with each kind of adapters: above plain DIP, and above the dense model."""
+    """What γ costs with each kind of adapters: above the dense model, above the best without a
+    preference, and above the same adapters without one."""
     dense = found["cache dense"]["perplexity"]
     best = found["cache plain 1"]["perplexity"]
     rows = {}
     for label in CACHED:
-        here = found[f"cache {label} {gamma:g}"]
+        without, here = found[f"cache {label} 1"], found[f"cache {label} {gamma:g}"]
         rows[label] = {
-            "without_preference": found[f"cache {label} 1"],
+            "without_preference": without,
             "with_preference": here,
             "above_dense": here["perplexity"] - dense,
             "cost_of_preference": here["perplexity"] - best,
+            "cost_of_preference_here": here["perplexity"] - without["perplexity"],
         }
     shrunk = {
         name: 1 - rows["cached"][name] / rows["plain"][name]
-        for name in ("above_dense", "cost_of_preference")
+        for name in ("above_dense", "cost_of_preference", "cost_of_preference_here")
     }
     return {"dense": dense, "rows": rows, "gap_shrinks_by": shrunk}

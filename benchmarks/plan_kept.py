@@ -2,11 +2,13 @@
 
     python benchmarks/plan_kept.py [--folder DIR] [--model demo-swiglu] [--increase 5%] [--rounds 3]
 
-Every round measures this machine with `dipnet probe`; then, for each of three budgets of a bundled
-model, `dipnet plan` makes a plan on the bundled calibration text and `dipnet run --plan` generates
-text, at once, since the machine's speed may change. At last every plan's perplexity is measured on
-the held-out text with `dipnet.load(store, plan=...)`: the worst one counts. A speed is the median
-over the rounds. A table, then one JSON line.
+Every round measures this machine with `dipnet probe`; then `dipnet plan` makes a plan for each of
+three budgets of a bundled model on the bundled calibration text, and `dipnet run --plan` generates
+texts with all of them in turn, since the machine's speed changes from minute to minute. A probe or
+a text during which others took more than 3 % of the processors' time is made again, up to five
+times. At last every plan's perplexity is measured on the held-out text with `dipnet.load(store,
+plan=...)`: the worst one counts. A promise is the median over the rounds, a speed that over all
+texts. A table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from simulated_vs_real import PROMPT, mlp_bytes, probed
-from timing import json_line, percent, print_table
+from timing import json_line, percent, print_table, undisturbed
 
 import dipnet
 from dipnet.cli.console import quiet_libraries
@@ -37,8 +39,8 @@ WITHIN = 0.15
 """Of the promised speed."""
 SHARES = (None, 0.5, 0.25)
 """The budgets: everything in memory, and caches of a part of the MLP's records."""
-RUNS = 2
-"""Texts of a plan; the median of their speeds counts."""
+TEXTS = 4
+"""Of each plan in a round."""
 TOKENS = 257
 WINDOW = 256
 
@@ -76,11 +78,15 @@ def measured(store: Path, file: Path) -> float:
 
 @dataclass
 class Budget:
-    """A budget's plans, one a round, and the tokens/s that came of each."""
+    """A budget's plans, one a round, and the tokens/s of every text that came of them.
+
+    ``others`` are the shares of the processors' time that others took from each text.
+    """
 
     share: float | None
     plans: list[Plan] = field(default_factory=list)
     speeds: list[float] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
 
     @property
     def promised(self) -> float:
@@ -89,18 +95,29 @@ class Budget:
 
     @property
     def measured(self) -> float:
-        """Tokens/s, the median of the rounds."""
+        """Tokens/s, the median of the texts."""
         return statistics.median(self.speeds)
 
 
-def played(store: Path, budget: Budget, device: Path, args: argparse.Namespace) -> None:
-    """One round of a budget: a plan, and the text that it generates."""
-    file = store.parent / "plan.json"
-    budget.plans.append(made(store, budget.share, args.increase, device, file))
-    budget.speeds.append(statistics.median(measured(store, file) for _ in range(RUNS)))
-    promised = budget.plans[-1].expected.tokens_per_second
-    figures = f"{promised:.1f} promised, {budget.speeds[-1]:.1f} measured"
-    print(f"{named(budget)}, {budget.plans[-1].method}: {figures}", file=sys.stderr, flush=True)
+def played(store: Path, budgets: list[Budget], device: Path, increase: str) -> None:
+    """One round: a plan for every budget, and texts that the plans generate in turn."""
+    files = [store.parent / f"plan-{number}.json" for number in range(len(budgets))]
+    for budget, file in zip(budgets, files, strict=True):
+        budget.plans.append(made(store, budget.share, increase, device, file))
+    for budget, file in TEXTS * list(zip(budgets, files, strict=True)):
+        speed, others = undisturbed(lambda file=file: measured(store, file))
+        budget.speeds.append(speed)
+        budget.others.append(others)
+    for budget in budgets:
+        plan, speeds = budget.plans[-1], budget.speeds[-TEXTS:]
+        figures = " ".join(f"{speed:.1f}" for speed in speeds)
+        promised = f"{plan.expected.tokens_per_second:.1f} promised, {figures} measured"
+        others = percent(max(budget.others[-TEXTS:]), 1)
+        print(
+            f"{named(budget)}, {plan.method}: {promised}, others took {others}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def named(budget: Budget) -> str:
@@ -125,6 +142,7 @@ def kept(store: Path, budget: Budget, dense: float, windows: int) -> dict[str, A
         "inside": max(increases.values()) <= bound,
         "promised": [plan.expected.tokens_per_second for plan in budget.plans],
         "measured": budget.speeds,
+        "others": budget.others,
         "error": budget.promised / budget.measured - 1,
         "kept": abs(math.log(budget.promised / budget.measured)) <= math.log(1 + WITHIN),
     }
@@ -139,7 +157,7 @@ def cells(budget: Budget, row: dict[str, Any]) -> tuple[str, ...]:
         percent(max(row["increases"].values()), 2),
         "yes" if row["inside"] else "NO",
         " ".join(f"{speed:.1f}" for speed in row["promised"]),
-        " ".join(f"{speed:.1f}" for speed in row["measured"]),
+        f"{budget.measured:.1f} ({min(budget.speeds):.1f} to {max(budget.speeds):.1f})",
         f"{row['error']:+.0%}",
         "yes" if row["kept"] else "NO",
     )
@@ -164,9 +182,9 @@ def main() -> None:
         budgets = [Budget(share) for share in SHARES]
         for number in range(args.rounds):
             print(f"round {number + 1}", file=sys.stderr, flush=True)
-            device = probed(Path(folder))
-            for budget in budgets:
-                played(store, budget, device, args)
+            device, others = undisturbed(lambda: probed(Path(folder)))
+            print(f"probed, others took {percent(others, 1)}", file=sys.stderr, flush=True)
+            played(store, budgets, device, args.increase)
         dense = perplexity(store, args.windows, None)
         rows = [kept(store, budget, dense, args.windows) for budget in budgets]
     print_table((*HEADER, "kept"), map(cells, budgets, rows))

@@ -4,7 +4,8 @@
 
 Every round probes the machine, then lets each setting generate a text as `dipnet run` does, caches
 empty at first; the prediction has that round's device file, the store's shapes and a trace of the
-masks, recorded before. Nothing is fitted to what is measured. The texts of all rounds are the same,
+masks, recorded before. Nothing is fitted to what is measured. What others disturb, by more than 3 %
+of the processors' time, is measured again, up to five times. The texts of all rounds are the same,
 and each of their tokens counts with its median. The settings are of the bundled demo-swiglu in all
 kinds of weights, and of each STORE that is given. A table of medians over the rounds, then one JSON
 line.
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from timing import json_line, percent, print_table
+from timing import json_line, percent, print_table, undisturbed
 
 import dipnet
 from dipnet.cli.console import quiet_libraries
@@ -86,13 +87,15 @@ class Setting:
 class Result:
     """A setting's hits and misses, what was predicted of it, and what was measured.
 
-    ``predicted`` has tokens/s for every probe, ``texts`` the seconds of every token of every text.
+    ``predicted`` has tokens/s for every probe, ``texts`` the seconds of every token of every text,
+    ``others`` the share of the processors' time that others took from each.
     """
 
     run: Run
     past: int
     predicted: list[float] = field(default_factory=list)
     texts: list[tuple[float, ...]] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
 
     @property
     def measured(self) -> float:
@@ -228,6 +231,7 @@ def summary(results: dict[Setting, Result]) -> list[dict[str, Any]]:
             "predicted": result.predicted,
             "measured": result.measured,
             "texts": [len(seconds) / sum(seconds) for seconds in result.texts],
+            "others": result.others,
             "error": result.error,
         }
         for setting, result in results.items()
@@ -260,11 +264,13 @@ def main() -> None:
         results = {setting: recorded(setting, args.tokens, folder) for setting in settings}
         for number in range(args.rounds):
             print(f"round {number + 1}", file=sys.stderr, flush=True)
-            device = probed(folder)
+            device, _ = undisturbed(lambda: probed(folder))
             for setting, result in results.items():
                 result.predicted.append(predicted(setting, result, device))
                 for _ in range(TEXTS):
-                    result.texts.append(decode(setting, args.tokens)[1].token_seconds)
+                    text, others = undisturbed(lambda s=setting: decode(s, args.tokens)[1])
+                    result.texts.append(text.token_seconds)
+                    result.others.append(others)
                 figures = f"{result.predicted[-1]:.1f} predicted, {result.measured:.1f} measured"
                 print(f"{setting.name}: {figures}", file=sys.stderr, flush=True)
         show(results)

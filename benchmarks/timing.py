@@ -9,12 +9,19 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cgroup
 
+from dipnet.eval.disturbance import Disturbance
+
 FOLDER = Path("/var/tmp/dipnet-bench")
 BENCHMARKS = Path(__file__).parent
+QUIET = 0.03
+"""The share of the processors' time that others may take while something is measured."""
+TRIES = 6
+"""Of a measurement, until others take less."""
+Measured = TypeVar("Measured")
 
 
 class Failed(Exception):
@@ -105,6 +112,23 @@ def interleave(
             seconds = figures["median_seconds"]
             print(f"round {number + 1}: {setting.name}: {seconds:.3f} s/token", flush=True)
     return results
+
+
+def undisturbed(measure: Callable[[], Measured]) -> tuple[Measured, float]:
+    """What is measured while others are quiet, and the share of the processors' time they took.
+
+    That of the first try in which they are, else of the one in which they took least. Only what
+    others take decides, not what is measured.
+    """
+    found: list[tuple[float, Measured]] = []
+    while len(found) < TRIES:
+        others = Disturbance()
+        measured = measure()
+        found.append((others.share, measured))
+        if found[-1][0] <= QUIET:
+            break
+    share, measured = min(found, key=lambda each: each[0])
+    return measured, share
 
 
 def json_line(result: Any) -> str:

@@ -36,7 +36,8 @@ def probe(
 ) -> None:
     """Measure this machine in under a minute: its disk, its memory, what our engine costs on it.
 
-    Other programs that compute or read meanwhile are measured too.
+    Other programs and virtual machines that compute or read meanwhile are measured too; it says so
+    when they took much of the processors' time.
 
     Example: dipnet probe --out here.json
     """
@@ -69,7 +70,7 @@ def probe_progress() -> Iterator[Progress]:
 
 
 def _show(device: Device) -> None:
-    """Print the disk's curve, and the engine's costs."""
+    """Print the disk's curve, the engine's costs, and how they were measured."""
     curve = device.flash.curve
     depths = sorted({point.depth for point in curve})
     known = {(point.read_bytes, point.depth): point.bandwidth for point in curve}
@@ -86,6 +87,7 @@ def _show(device: Device) -> None:
         out.print(f"products: {speeds}, and {_nanoseconds(products)} ns a column")
         layer = device.engine.layer * 1e3
         out.print(f"a layer besides: {layer:.2f} ms; a token: {device.engine.token * 1e3:.2f} ms")
+    out.print(device.description, soft_wrap=True)
 
 
 def _nanoseconds(products: dict) -> str:

@@ -22,6 +22,7 @@ import torch
 
 from dipnet import __version__
 from dipnet.errors import InputError
+from dipnet.eval.disturbance import Disturbance
 from dipnet.eval.probe_decoding import decoding_costs
 from dipnet.sim.device import Device, EngineCosts, Point, Product, Tier
 from dipnet.store.geometry import WEIGHTS, Weights
@@ -36,6 +37,8 @@ DISK_SECONDS = 10.0
 DRAM_BYTES = 512 << 20
 PASSES = 5
 """Over memory."""
+QUIET = 0.03
+"""The share of the processors' time that others may take without being mentioned."""
 
 Progress = Callable[[str, float], object]
 """Called with what is being measured, and the share of all work that is done."""
@@ -45,8 +48,10 @@ def probe(folder: Path, name: str, progress: Progress) -> Device:
     """This machine with the disk of ``folder`` as a device; in under a minute on most.
 
     A scratch file of 256 MiB and some small stores are made in the folder and removed, whatever
-    happens. Raises InputError when the folder cannot be written or the disk has no room.
+    happens. The description says so when others took more than `QUIET` of the processors' time.
+    Raises InputError when the folder cannot be written or the disk has no room.
     """
+    others = Disturbance()
     with _scratch(folder) as scratch:
         progress("writing the scratch file", 0.0)
         file = scratch / "records"
@@ -62,7 +67,7 @@ def probe(folder: Path, name: str, progress: Progress) -> Device:
         products = {kind: _slower(points, factor) for kind, points in products.items()}
     return Device(
         name=name,
-        description=_description(folder),
+        description=_description(folder, others.share),
         dram=Tier(capacity=_memory(), bandwidth=bandwidth, latency=0.0),
         flash=Tier(
             capacity=shutil.disk_usage(folder).total,
@@ -148,10 +153,12 @@ def _latency(curve: Sequence[Point]) -> float:
     return min(point.read_bytes * point.depth / point.bandwidth for point in curve)
 
 
-def _description(folder: Path) -> str:
+def _description(folder: Path, others: float) -> str:
     """What was measured, for people."""
     when = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
+    disturbed = f"; others took {others:.0%} of the processors' time: probe again when it is quiet"
+    machine = platform.processor() or platform.machine()
     return (
         f"measured by dipnet {__version__} on {when} UTC: {default_threads()} threads of "
-        f"{platform.processor() or platform.machine()}, the disk of {folder}"
+        f"{machine}, the disk of {folder}{disturbed if others > QUIET else ''}"
     )
