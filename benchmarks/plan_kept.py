@@ -5,7 +5,7 @@
 Every round measures this machine with `dipnet probe`; then `dipnet plan` makes a plan for each of
 three budgets of a bundled model on the bundled calibration text, and `dipnet run --plan` generates
 texts with all of them in turn, since the machine's speed changes from minute to minute. A probe or
-a text during which others took more than 3 % of the processors' time is made again, up to five
+a text during which others took more than 3 % of the processors' time is made again, up to nine
 times. At last every plan's perplexity is measured on the held-out text with `dipnet.load(store,
 plan=...)`: the worst one counts. A promise is the median over the rounds, a speed that over all
 texts. A table, then one JSON line.

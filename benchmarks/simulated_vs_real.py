@@ -5,7 +5,7 @@
 Every round probes the machine, then lets each setting generate a text as `dipnet run` does, caches
 empty at first; the prediction has that round's device file, the store's shapes and a trace of the
 masks, recorded before. Nothing is fitted to what is measured. What others disturb, by more than 3 %
-of the processors' time, is measured again, up to five times. The texts of all rounds are the same,
+of the processors' time, is measured again, up to nine times. The texts of all rounds are the same,
 and each of their tokens counts with its median. The settings are of the bundled demo-swiglu in all
 kinds of weights, and of each STORE that is given. A table of medians over the rounds, then one JSON
 line.

@@ -19,8 +19,10 @@ FOLDER = Path("/var/tmp/dipnet-bench")
 BENCHMARKS = Path(__file__).parent
 QUIET = 0.03
 """The share of the processors' time that others may take while something is measured."""
-TRIES = 6
+TRIES = 10
 """Of a measurement, until others take less."""
+PAUSE = 20.0
+"""Seconds until the next try."""
 Measured = TypeVar("Measured")
 
 
@@ -122,6 +124,8 @@ def undisturbed(measure: Callable[[], Measured]) -> tuple[Measured, float]:
     """
     found: list[tuple[float, Measured]] = []
     while len(found) < TRIES:
+        if found:
+            time.sleep(PAUSE)
         others = Disturbance()
         measured = measure()
         found.append((others.share, measured))

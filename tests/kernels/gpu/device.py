@@ -4,7 +4,9 @@ NVIDIA's tools look for bad accesses and races while the same tests run; PyTorch
 be off, or it hides what lies behind a tensor:
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --report-api-errors no \\
-        python -m pytest tests/kernels/gpu -k "9-40 or 1025"        (and --tool racecheck)
+        python -m pytest tests/kernels -k "9-40 or 1025 or 33-dtype0 or 20000-dtype0 or list_heads"
+
+and the same with --tool racecheck.
 
 Without that option memcheck also lists calls of the driver that PyTorch tries and does not need.
 """

@@ -159,6 +159,24 @@ def test_float32_and_halves(batch: int | None, other: torch.dtype) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("kind", ["float16", "float32", "int8"])
+@pytest.mark.parametrize("batch", [None, 1])
+def test_products_in_float32(batch: int | None, kind: str, dtype: torch.dtype) -> None:
+    """As if x had been float32, to the last bit."""
+    x = torch.randn(2 if batch is None else 1, 150).to(DEVICE, dtype)
+    weight = moved(packed(kind, 40, 150) if kind == "int8" else torch.randn(40, 150))
+    weight = weight.half() if kind == "float16" else weight
+    named = {"bias": torch.randn(40, device=DEVICE), "activation": "relu"}
+    for k, backend in itertools.product((0, 1, 33), ("gpu", "reference")):
+        index = kept(batch, 40, k).to(DEVICE)
+        found = gpu.rows_product(x, index, weight, **named, dtype=torch.float32, backend=backend)
+        wanted = gpu.rows_product(x.float(), index, weight, **named, backend=backend)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, wanted)
+
+
+@needs_kernels
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38, 1e-30])
 def test_parts_of_what_is_no_usual_number(value: float) -> None:
     """Float32 times bfloat16 with a shared list is cut into parts, which must not make up any."""
@@ -247,6 +265,7 @@ def test_a_compiler_finds_no_break() -> None:
         above, count = gpu.threshold_indices(hidden, torch.tensor([0.1]))
         made = gpu.columns_product(hidden, above, up[:48], count=count, residual=hidden)
         few = gpu.rows_product(made, above, gate[:48], count=count)
+        few += gpu.rows_product(made.half(), above, gate[:48], count=count, dtype=torch.float32)
         several = gpu.gated_rows(made, gpu.topk_indices(made, 5), gate[:48], up[:48], "relu")
         masked, _ = gpu.keep_above(gpu.keep_topk(made, 9), torch.tensor([0.1]))
         return few.sum() + several.sum() + masked.sum()
@@ -283,6 +302,8 @@ def test_bad_arguments(given: dict[str, object], complaint: str) -> None:
 
 def test_bad_pairs() -> None:
     x, index = torch.zeros(1, 8), torch.zeros(1, 2, dtype=torch.int32)
+    with pytest.raises(InputError, match=r"dtype must be .* that of x, or"):
+        gpu.rows_product(x, index, torch.zeros(8, 8), dtype=torch.float16)
     with pytest.raises(InputError, match="no kernel has the activation 'swish'"):
         gpu.gated_columns(x, index, torch.zeros(8, 4), torch.zeros(8, 4), "swish")
     with pytest.raises(InputError, match="gate and up must be of one kind, shape and stride"):

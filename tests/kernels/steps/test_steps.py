@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dipnet.kernels import steps
+from dipnet.errors import InputError
+from dipnet.kernels import gpu, steps
 from dipnet.kernels.steps import Heads, Norm, Rows, UsedHeads, reference
 from tests.kernels.gpu.device import DEVICE, needs_kernels
 
@@ -64,6 +65,71 @@ def test_add_norm(n: int, centred: bool, dtype: torch.dtype) -> None:
             close(normed, wanted[1])
 
 
+def each_width(*large: int) -> pytest.MarkDecorator:
+    on_gpu = [pytest.param(n, marks=pytest.mark.cuda) for n in large]
+    return pytest.mark.parametrize("n", [1, 33, *on_gpu])
+
+
+def normed_alike(made: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> None:
+    """Sums to the last bit; a mean over them may be summed in another order."""
+    assert torch.equal(made[0], wanted[0])
+    close(made[1], wanted[1])
+    if made[1].dtype != torch.float32:
+        assert (made[1] != wanted[1]).sum() <= 1 + wanted[1].numel() / 100
+
+
+@each_dtype
+@each_width(1000, 3072, 4096, 4097, 5120, 8192, 20000)
+def test_add_norm_topk(n: int, dtype: torch.dtype) -> None:
+    norm = Norm(random(n, dtype=dtype), None, 1e-5, False)
+    for batch, k in {(1, 1), (1, n), (3, (n + 1) // 2)}:
+        hidden, delta = random(batch, n, dtype=dtype), random(batch, n, dtype=dtype)
+        for added, factor in itertools.product((None, delta), (None, torch.rand(n, device=DEVICE))):
+            summed, normed, index = steps.add_norm_topk(hidden, added, norm, k, factor)
+            normed_alike((summed, normed), steps.add_norm(hidden, added, norm))
+            assert torch.equal(index, gpu.topk_indices(normed, k, factor=factor))
+
+
+@each_dtype
+@each_width(1000, 4096, 5120, 20000)
+def test_add_norm_above(n: int, dtype: torch.dtype) -> None:
+    threshold = torch.tensor([0.5], device=DEVICE)
+    for batch, number in itertools.product((1, 3), (n, n + 1)):  # at any address
+        norm = Norm(random(number, dtype=dtype)[-n:], None, 1e-5, False)
+        hidden, delta = random(batch, n, dtype=dtype), random(batch, n, dtype=dtype)
+        for added in (None, delta):
+            summed, normed, index, count = steps.add_norm_above(hidden, added, norm, threshold)
+            normed_alike((summed, normed), steps.add_norm(hidden, added, norm))
+            wanted, counts = gpu.threshold_indices(normed, threshold)
+            assert torch.equal(count, counts)
+            for own, other, valid in zip(index, wanted, counts.tolist(), strict=True):
+                assert torch.equal(own[:valid], other[:valid])
+
+
+def test_add_norm_of_other_kinds() -> None:
+    """A layer norm, and weights of another dtype, before a selection."""
+    hidden = random(2, 40, dtype=torch.float16)
+    norms = [
+        Norm(random(40, dtype=torch.float16), random(40, dtype=torch.float16), 1e-5, True),
+        Norm(random(40, dtype=torch.float32), None, 1e-5, False),
+    ]
+    for norm in norms:
+        summed, normed, index = steps.add_norm_topk(hidden, hidden, norm, 7)
+        normed_alike((summed, normed), steps.add_norm(hidden, hidden, norm))
+        assert torch.equal(index, gpu.topk_indices(normed, 7))
+
+
+def test_selections_that_no_kernel_takes() -> None:
+    hidden, weight = random(1, 8, dtype=torch.float16), random(8, dtype=torch.float16)
+    norm = Norm(weight, None, 1e-5, False)
+    with pytest.raises(InputError, match="k must be between 0 and n = 8, not 9"):
+        steps.add_norm_topk(hidden, None, norm, 9)
+    with pytest.raises(InputError, match=r"factor must be torch\.float32 of shape \(8,\)"):
+        steps.add_norm_topk(hidden, None, norm, 3, weight)
+    with pytest.raises(InputError, match=r"threshold must be torch\.float32"):
+        steps.add_norm_above(hidden, None, norm, weight[:1])
+
+
 @each_dtype
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_gated(activation: str, dtype: torch.dtype) -> None:
@@ -78,6 +144,33 @@ def heads_of(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Heads, Any]:
     if rotary:
         rotation = random(length, rotary, dtype=dtype), random(length, rotary, dtype=dtype)
     return Heads(queries, groups, size, size**-0.5, *norms), rotation
+
+
+@pytest.mark.parametrize(("queries", "groups"), [(56, 56), (8, 2), (15, 5), (1, 1)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_list_heads(batch: int, queries: int, groups: int) -> None:
+    for k, ring in itertools.product({1, (queries + 1) // 2, queries}, (1, 2, 16)):
+        kept = torch.stack([some(queries, k) for _ in range(batch)])
+        turn = torch.randint(ring, (1,), device=DEVICE)
+        wanted = reference.list_heads(kept, turn, queries, groups, ring)
+        made = steps.list_heads(kept, turn, queries, groups, ring)
+        count = int(wanted.count)
+        assert torch.equal(made.index[:count], wanted.index[:count])
+        assert (int(made.count), int(made.queries)) == (count, int(wanted.queries))
+        assert made.most == wanted.most <= len(made.index) == len(wanted.index)
+        if batch == 1:
+            assert made.wanted is wanted.wanted is None
+        else:
+            assert torch.equal(made.wanted, wanted.wanted)
+
+
+def test_listed_heads_are_those_needed() -> None:
+    """Four groups of two heads, of which the last has its turn."""
+    kept = torch.tensor([[0, 5], [1, 5]], dtype=torch.int32)
+    for kernels in (steps, reference):
+        made = kernels.list_heads(kept.to(DEVICE), torch.tensor([3], device=DEVICE), 8, 4, 4)
+        assert made.index[: int(made.count)].tolist() == [0, 1, 5, 8, 10, 11, 12, 14, 15]
+        assert int(made.queries) == 3
 
 
 def some(number: int, most: int) -> Tensor:

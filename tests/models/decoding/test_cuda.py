@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,8 @@ from dipnet.models.decoding import loop
 from dipnet.models.decoding.forecast import Choice, Forecast
 from dipnet.models.decoding.graph import Replay
 from dipnet.models.decoding.sites import SiteStep
+from dipnet.models.decoding.token import TokenStep
+from dipnet.streaming.gpu.records import pin
 from tests.models.decoding.test_decoding import float_model, thresholds
 from tests.models.skipping.decoding import dejavu, tokens
 
@@ -90,6 +93,36 @@ def test_memory_runs_out_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPat
         made = model.generate(prompt, **options)
     with torch.no_grad(), dipnet.sparsify(model, dejavu("llama"), backend="reference"):
         assert torch.equal(model.generate(prompt, **options), made)
+
+
+class Garbage:
+    """Of an engine that streams: pinned memory in a cycle, which only the collector frees."""
+
+    def __init__(self, records: Tensor) -> None:
+        self.itself = self
+        self.records = records
+
+
+def test_nothing_is_collected_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = float_model("llama"), tokens(1, 6).cuda()
+    pinned, call = [pin(torch.empty(1 << 20, dtype=torch.uint8))], TokenStep.__call__
+    freed: list[bool] = []
+
+    def dropping(step: TokenStep) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            weakref.finalize(Garbage(pinned.pop()), freed.append, True)
+            many: list[list[int]] = [[] for _ in range(100_000)]  # the collector would begin
+            assert len(many) > len(freed) == 0
+        return call(step)
+
+    monkeypatch.setattr(TokenStep, "__call__", dropping)
+    with torch.no_grad(), dipnet.sparsify(model, dipnet.DIP(0.5), backend="gpu"):
+        model.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert not pinned
+    assert gc.isenabled()
+    gc.collect()
+    assert freed
+    torch.cuda.synchronize()  # no error is left behind
 
 
 def wide_model() -> PreTrainedModel:

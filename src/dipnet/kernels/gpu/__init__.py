@@ -26,6 +26,8 @@ from dipnet.kernels.gpu.weights import FLOATS, Weight, shape_text
 __all__ = [
     "ACTIVATIONS",
     "Weight",
+    "check_scores",
+    "check_threshold",
     "columns_product",
     "gated_columns",
     "gated_rows",
@@ -56,7 +58,7 @@ def topk_indices(
     ``magnitude`` absolute values are compared. ``factor``, (n,) float32, multiplies them first, in
     float32.
     """
-    _check_scores(scores, k, factor)
+    check_scores(scores, k, factor)
     return ops.topk_indices(scores, k, magnitude, factor, backend)
 
 
@@ -69,7 +71,7 @@ def topk_mask(
     backend: str = "auto",
 ) -> Tensor:
     """What `topk_indices` selects, as (batch, n) bool."""
-    _check_scores(scores, k, factor)
+    check_scores(scores, k, factor)
     return ops.topk_mask(scores, k, magnitude, factor, backend)
 
 
@@ -78,7 +80,7 @@ def keep_topk(x: Tensor, k: int, *, factor: Tensor | None = None, backend: str =
 
     ``factor`` is as for `topk_indices`. A dropped NaN or infinity becomes NaN, as by the mask.
     """
-    _check_scores(x, k, factor)
+    check_scores(x, k, factor)
     return ops.keep_topk(x, k, factor, backend)
 
 
@@ -90,8 +92,8 @@ def threshold_indices(
     The first ``count`` of a row's indices are valid, ascending; the others are without meaning.
     ``threshold`` is (1,) float32. NaN exceeds nothing, as everywhere in torch.
     """
-    _check_scores(x, 0, None)
-    _check_threshold(threshold)
+    check_scores(x, 0, None)
+    check_threshold(threshold)
     return ops.threshold_indices(x, threshold, magnitude, backend)
 
 
@@ -100,8 +102,8 @@ def keep_above(x: Tensor, threshold: Tensor, *, backend: str = "auto") -> tuple[
 
     ``threshold`` and NaN are as for `threshold_indices`, what is dropped as for `keep_topk`.
     """
-    _check_scores(x, 0, None)
-    _check_threshold(threshold)
+    check_scores(x, 0, None)
+    check_threshold(threshold)
     return ops.keep_above(x, threshold, backend)
 
 
@@ -174,20 +176,26 @@ def rows_product(
     activation: str = "none",
     factor: Tensor | None = None,
     block: int = 1,
+    dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Kept outputs of a linear layer: (batch, width) -> (batch, k * block), in the index's order.
 
     The units of ``weight`` are outputs: a linear layer's weight as it is. ``bias`` (units,) is
     added, ``activation`` applied, and ``factor`` (batch, units) multiplied, each at the kept units.
-    ``index`` counts blocks of ``block`` neighbouring units. Zero beyond ``count``.
+    ``index`` counts blocks of ``block`` neighbouring units. Zero beyond ``count``. With ``dtype``,
+    which holds all numbers of ``x``'s, the same as of ``x.to(dtype)``.
     """
     weight = Weight.of(weight)
     _check_activation(activation)
     _check_product(x, weight.width, index, weight, count, block)
     _check_added("bias", bias, (weight.units,))
     _check_added("factor", factor, (len(x), weight.units))
-    return ops.rows_product(x, index, *weight, count, bias, activation, factor, block, backend)
+    dtype = dtype or x.dtype
+    if dtype not in (x.dtype, torch.float32):
+        raise InputError(f"dtype must be {x.dtype}, that of x, or torch.float32, not {dtype}")
+    given = (count, bias, activation, factor, block, dtype)
+    return ops.rows_product(x, index, *weight, *given, backend)
 
 
 def gated_rows(
@@ -235,7 +243,8 @@ def _check_activation(activation: str) -> None:
         raise InputError(f"no kernel has the activation {activation!r}; there are: {known}")
 
 
-def _check_scores(scores: Tensor, k: int, factor: Tensor | None) -> None:
+def check_scores(scores: Tensor, k: int, factor: Tensor | None) -> None:
+    """InputError where `topk_indices` takes no such scores, number and factor."""
     if scores.dim() != 2 or not scores.is_floating_point():
         raise InputError(f"scores must be floating of shape (batch, n), not {shape_text(scores)}")
     n = scores.shape[1]
@@ -245,7 +254,8 @@ def _check_scores(scores: Tensor, k: int, factor: Tensor | None) -> None:
         raise InputError(f"factor must be torch.float32 of shape ({n},), not {shape_text(factor)}")
 
 
-def _check_threshold(threshold: Tensor) -> None:
+def check_threshold(threshold: Tensor) -> None:
+    """InputError where `threshold_indices` takes no such threshold."""
     if threshold.shape != (1,) or threshold.dtype != torch.float32:
         raise InputError(
             f"threshold must be torch.float32 of shape (1,), not {shape_text(threshold)}"

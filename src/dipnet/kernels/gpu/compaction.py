@@ -84,8 +84,8 @@ def _keys(scores, MAGNITUDE: tl.constexpr):
 
 
 @triton.jit
-def _write(keep, places, index):
-    """Write the places that are kept, in order; returns how many there are."""
+def write_kept(keep, places, index):
+    """Write the places that are kept to ``index``, in order; returns how many there are."""
     kept = keep.to(tl.int32)
     at = tl.cumsum(kept, 0) - kept
     tl.store(index + at, places, mask=keep)
@@ -133,7 +133,7 @@ def _select_topk(
     quota = k - tl.sum(above.to(tl.int32), 0)
     keep = above | ((ties > 0) & (tl.cumsum(ties, 0) <= quota))
     if index is not None:
-        _write(keep, places, index + row * k)
+        write_kept(keep, places, index + row * k)
     elif mask is not None:
         tl.store(mask + row * n + places, keep, mask=inside)
     else:
@@ -162,7 +162,7 @@ def _select_above(
     compared = tl.abs(scores) if MAGNITUDE else scores
     keep = inside & (compared > tl.load(threshold))
     if index is not None:
-        tl.store(count + row, _write(keep, places, index + row * n))
+        tl.store(count + row, write_kept(keep, places, index + row * n))
     else:
         tl.store(count + row, tl.sum(keep.to(tl.int32), 0))
         scores = tl.where(keep, scores, scores * 0.0).to(kept.dtype.element_ty)
@@ -177,6 +177,6 @@ def _select_union(mask, index, count, batch, n, SIZE: tl.constexpr, OVERLAP: tl.
     kept = tl.zeros((SIZE,), tl.uint8)
     for row in range(batch):
         kept |= tl.load(mask + row * n + places, mask=inside, other=0)
-    number = _write(inside & (kept != 0), places, index)
-    _write(inside & (kept == 0), places, index + number)
+    number = write_kept(inside & (kept != 0), places, index)
+    write_kept(inside & (kept == 0), places, index + number)
     tl.store(count, number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dipnet.kernels.gpu.clusters import cluster_columns, clusters_serve
@@ -69,17 +70,18 @@ def rows_product(
     activation: str,
     factor: Tensor | None,
     block: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Kept units times x: (batch, k * block)."""
     named = {"count": count, "bias": bias, "activation": activation, "factor": factor}
-    return _rows(x, index, (weight,), block=block, **named)
+    return _rows(x, index, (weight,), dtype, block=block, **named)
 
 
 def gated_rows(
     x: Tensor, index: Tensor, gate: Weight, up: Weight, activation: str, count: Tensor | None
 ) -> Tensor:
     """``activation(gate_j x) * (up_j x)`` for the kept units j: (batch, k)."""
-    return _rows(x, index, (gate, up), count=count, activation=activation)
+    return _rows(x, index, (gate, up), x.dtype, count=count, activation=activation)
 
 
 def _columns(x: Tensor, index: Tensor, weights: tuple[Weight, ...], **named: Any) -> Tensor:
@@ -99,17 +101,19 @@ def _columns(x: Tensor, index: Tensor, weights: tuple[Weight, ...], **named: Any
     return columns(x, index, matrices, weight.width, tile, **named)
 
 
-def _rows(x: Tensor, index: Tensor, weights: tuple[Weight, ...], **named: Any) -> Tensor:
+def _rows(
+    x: Tensor, index: Tensor, weights: tuple[Weight, ...], dtype: torch.dtype, **named: Any
+) -> Tensor:
     weight, kept = weights[0], index.shape[-1] * named.get("block", 1)
     if kept == 0:
-        return x.new_empty(len(x), 0)
+        return x.new_empty(len(x), 0, dtype=dtype)
     tile = nearest(ROWS, Product(len(weights), weight.bits, weight.width, kept))
     if weight.kind in ("int4", "int8"):
-        return integer_rows(x, index, weights, tile, **named)
+        return integer_rows(x.to(dtype), index, weights, tile, **named)
     matrices = tuple(weight.numbers for weight in weights)
     if index.dim() == 1 and len(x) > 1:
-        return shared_rows(x, index, matrices, weight.width, **named)
-    return rows(x, index, matrices, weight.width, tile, **named)
+        return shared_rows(x.to(dtype), index, matrices, weight.width, **named)
+    return rows(x, index, matrices, weight.width, tile, dtype, **named)
 
 
 def _nothing(index: Tensor) -> tuple[Tensor, Tensor]:

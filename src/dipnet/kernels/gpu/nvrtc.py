@@ -29,8 +29,11 @@ def compiled(
     source: str, name: str, architecture: str, macros: tuple[tuple[str, int], ...]
 ) -> bytes:
     """The machine code of a file of this room, for an architecture such as "sm_90"."""
-    text = files(__package__).joinpath(source).read_bytes()
-    program = _checked(nvrtc.nvrtcCreateProgram(text, source.encode(), 0, [], []))
+    room = files(__package__)
+    headers = [file for file in room.iterdir() if file.name.endswith(".cuh")]
+    texts, names = zip(*((h.read_bytes(), h.name.encode()) for h in headers), strict=True)
+    given = (room.joinpath(source).read_bytes(), source.encode(), len(headers), texts, names)
+    program = _checked(nvrtc.nvrtcCreateProgram(*given))
     options = [f"--gpu-architecture={architecture}", "--std=c++17"]
     options += [f"-D{macro}={value}" for macro, value in macros]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
@@ -60,7 +63,10 @@ def function(
 
 
 def launch(
-    kernel: Any, grid: tuple[int, int], threads: int, arguments: tuple[Tensor | int | None, ...]
+    kernel: Any,
+    grid: tuple[int, int],
+    threads: int,
+    arguments: tuple[Tensor | int | float | None, ...],
 ) -> None:
     """Launch on the current stream; the kernel may start while the one before it ends."""
     config = driver.CUlaunchConfig()
@@ -71,13 +77,17 @@ def launch(
     overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     overlap.value.programmaticStreamSerializationAllowed = 1
     config.attrs, config.numAttrs = [overlap], 1
-    values = tuple(_pointer(a) if not isinstance(a, int) else a for a in arguments)
-    kinds = tuple(ctypes.c_int if isinstance(a, int) else ctypes.c_void_p for a in arguments)
+    values, kinds = zip(*map(_argument, arguments), strict=True)
     _checked(driver.cuLaunchKernelEx(config, kernel, (values, kinds), 0))
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _argument(given: Tensor | int | float | None) -> tuple[int | float, type]:
+    """A kernel's argument, and its kind: a pointer where it is no number."""
+    if isinstance(given, int):
+        return given, ctypes.c_int
+    if isinstance(given, float):
+        return given, ctypes.c_float
+    return 0 if given is None else given.data_ptr(), ctypes.c_void_p
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

@@ -152,12 +152,14 @@ def rows_product(
     activation: str,
     factor: Tensor | None,
     block: int,
+    dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
     """See `dipnet.kernels.gpu.rows_product`."""
     weight = Weight(data, scales, kind, width)
     kernels = serving(backend, x, index, data, scales, count, bias, factor)
-    return kernels.rows_product(x, index, weight, count, bias, activation, factor, block)
+    given = (count, bias, activation, factor, block, dtype)
+    return kernels.rows_product(x, index, weight, *given)
 
 
 @rows_product.register_fake
@@ -173,9 +175,10 @@ def _(
     activation: str,
     factor: Tensor | None,
     block: int,
+    dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    return x.new_empty(len(x), index.shape[-1] * block)
+    return x.new_empty(len(x), index.shape[-1] * block, dtype=dtype)
 
 
 @torch.library.custom_op("dipnet::gated_rows", mutates_args=())

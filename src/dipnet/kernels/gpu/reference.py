@@ -91,6 +91,7 @@ def rows_product(
     activation: str,
     factor: Tensor | None,
     block: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Kept units times x: (batch, k * block)."""
     units = _channels(index, block).expand(len(x), -1)
@@ -100,7 +101,7 @@ def rows_product(
     total = ACTIVATIONS[activation](total)
     if factor is not None:
         total = total * factor.float().gather(1, units)
-    return torch.where(_valid(units, count, block), total, 0).to(x.dtype)
+    return torch.where(_valid(units, count, block), total, 0).to(dtype)
 
 
 def gated_rows(

@@ -5,6 +5,7 @@ A program owns some places of the list and reads these units from end to end.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,6 +27,7 @@ def rows(
     weights: tuple[Tensor, ...],
     width: int,
     tile: Tile,
+    dtype: torch.dtype,
     *,
     count: Tensor | None = None,
     bias: Tensor | None = None,
@@ -33,9 +35,9 @@ def rows(
     factor: Tensor | None = None,
     block: int = 1,
 ) -> Tensor:
-    """One matrix, or gate and up: (batch, width) -> (batch, k * block)."""
+    """One matrix, or gate and up: (batch, width) -> (batch, k * block) of ``dtype``."""
     kept = index.shape[-1] * block
-    x, out = x.contiguous(), x.new_empty(len(x), kept)
+    x, out = x.contiguous(), x.new_empty(len(x), kept, dtype=dtype)
     _rows[(triton.cdiv(kept, tile.units), len(x))](
         x,
         index,

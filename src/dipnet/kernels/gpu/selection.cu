@@ -2,8 +2,9 @@
 // threshold; indices in ascending order, a mask, or the scores times the mask. Compiled at run time,
 // one variant a call's kind.
 //
-// Macros: KIND 0 float16, 1 bfloat16, 2 float32; MAGNITUDE, FACTOR, ABOVE, MASK, KEPT, VECTOR 0 or 1;
-// BLOCKS of the cluster, THREADS of a block, EACH scores of a thread.
+// Macros: KIND 0 float16, 1 bfloat16, 2 float32; MAGNITUDE, FACTOR, ABOVE, MASK, KEPT, VECTOR, NORM
+// (the scores are made here: add_norm.cuh) 0 or 1; BLOCKS of the cluster, THREADS of a block, EACH
+// scores of a thread.
 //
 // A score becomes an unsigned key in the scores' order; 0 is the key of no score. The k-th highest key
 // is found digit by digit: every block counts the values of a digit among the keys that share the
@@ -178,6 +179,7 @@ struct Shared {
     u32 above, above_of[BLOCKS];                      // keys above those that share all digits but one
     u32 totals[4][WARPS];
     u32 digit, wanted;
+    float sums[WARPS], sum_of[BLOCKS];
 };
 
 __device__ void write_scores(Score* scores, u32 begin, u32 n, const Score* own) {
@@ -202,6 +204,10 @@ __device__ void read_scores(const Score* scores, u32 begin, u32 n, Score* own) {
     for (u32 i = 0; i < EACH; i++) own[i] = begin + i < n ? scores[begin + i] : Score(0);
 #endif
 }
+
+#if NORM
+#include "add_norm.cuh"
+#endif
 
 // Find the next digit: the highest bin that `wanted` keys reach, counted from above. Sets
 // shared.digit and shared.wanted, the keys still wanted inside that bin.
@@ -228,7 +234,11 @@ __device__ void find_digit(Shared& shared, const Bins<SIZE>& bins, u32 wanted, u
 
 extern "C" __global__ void CLUSTER __launch_bounds__(THREADS)
 select_units(const Score* scores, const float* factor, const float* threshold, int* index,
-             int* count, unsigned char* mask, Score* kept_scores, int n_given, int k) {
+             int* count, unsigned char* mask, Score* kept_scores, int n_given, int k
+#if NORM
+             , const Score* delta, const Score* weight, Score* summed, Score* normed, float epsilon
+#endif
+) {
     __shared__ Shared shared;
     const u32 n = n_given, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const u32 block = blockIdx.x, row = blockIdx.y;
@@ -241,12 +251,22 @@ select_units(const Score* scores, const float* factor, const float* threshold, i
     if (thread < LAST_BINS) shared.last[thread] = 0;
     if (thread == 0) shared.above = 0;
 #endif
+#if NORM
+    alignas(16) Score own_weight[EACH];
+    read_scores(weight, begin, n, own_weight);
+#endif
     arrive();
     __syncthreads();
     asm volatile("griddepcontrol.wait;" ::: "memory");
 
     alignas(16) Score own[EACH];
-    read_scores(scores + (size_t)row * n, begin, n, own);
+    const size_t in_row = (size_t)row * n;
+#if NORM
+    add_norm(scores + in_row, delta ? delta + in_row : delta, own_weight, summed + in_row,
+             normed + in_row, epsilon, begin, n, own, shared, thread);
+#else
+    read_scores(scores + in_row, begin, n, own);
+#endif
     u32 places = 0;  // kept units before this thread's
 
 #if ABOVE
@@ -357,7 +377,7 @@ select_units(const Score* scores, const float* factor, const float* threshold, i
 #endif
         u32 unit = begin + i;
 #if MASK
-        if (unit < n) mask[(size_t)row * n + unit] = kept;
+        if (unit < n) mask[in_row + unit] = kept;
 #elif KEPT
         if (!kept) own[i] = dropped(own[i]);
 #else
@@ -365,6 +385,6 @@ select_units(const Score* scores, const float* factor, const float* threshold, i
 #endif
     }
 #if KEPT
-    write_scores(kept_scores + (size_t)row * n, begin, n, own);
+    write_scores(kept_scores + in_row, begin, n, own);
 #endif
 }

@@ -1,8 +1,9 @@
 """What stands between the products of a token of each sequence: norms, rotation, attention over a
 static cache.
 
-On CUDA each is one launch, by Triton; elsewhere, and for other dtypes, plain torch. Nothing here
-waits for the device, so a CUDA graph can hold it. Knows tensors; knows no site, method or model.
+On CUDA each is one launch, by Triton or CUDA C++ (a norm and a selection may be two); elsewhere,
+and for other dtypes, plain torch. Nothing here waits for the device, so a CUDA graph can hold it.
+Knows tensors; knows no site, method or model.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from types import ModuleType
 
 from torch import Tensor
 
+from dipnet.kernels.gpu import check_scores, check_threshold
 from dipnet.kernels.gpu.choice import why_not
 from dipnet.kernels.steps import reference
 from dipnet.kernels.steps.shapes import MOST_CHANNELS, Heads, Norm, Rows, UsedHeads
@@ -28,6 +30,28 @@ def add_norm(
     place is made the normalised sum, too.
     """
     return _backend(hidden, "norms").add_norm(hidden, delta, norm, ring)
+
+
+def add_norm_topk(
+    hidden: Tensor, delta: Tensor | None, norm: Norm, k: int, factor: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`add_norm`, and (batch, k) int32: what `gpu.topk_indices` lists of the normalised sum.
+
+    One launch where thread blocks form clusters, and ``norm`` is not centred. Raises InputError as
+    `gpu.topk_indices` does.
+    """
+    check_scores(hidden, k, factor)
+    return _backend(hidden, "norms").add_norm_topk(hidden, delta, norm, k, factor)
+
+
+def add_norm_above(
+    hidden: Tensor, delta: Tensor | None, norm: Norm, threshold: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`add_norm`, and (batch, n) and (batch,) int32: what `gpu.threshold_indices` lists of the
+    normalised sum. One launch where `add_norm_topk` is one.
+    """
+    check_threshold(threshold)
+    return _backend(hidden, "norms").add_norm_above(hidden, delta, norm, threshold)
 
 
 def attend(
@@ -76,6 +100,17 @@ def complete(
     _backend(made, "attention").complete(made, used, until, rotation, keys, values, rows, heads)
 
 
+def list_heads(kept: Tensor, turn: Tensor, queries: int, groups: int, ring: int) -> UsedHeads:
+    """The heads that a token of each sequence needs: those kept of ``queries``, and the keys and
+    values of their groups and of those whose turn it is: each of ``groups``, once in ``ring``.
+
+    ``kept`` (batch, k) int32 are each sequence's own, all different; ``turn`` (1,) int64 is below
+    ``ring``.
+    """
+    made: UsedHeads = _backend(kept, "lists").list_heads(kept, turn, queries, groups, ring)
+    return made
+
+
 def gated(pre: Tensor, activation: str) -> Tensor:
     """(batch, 2n), gate and up side by side -> (batch, n): ``activation(gate) * up``, rounded."""
     return _backend(pre, "norms").gated(pre, activation)
@@ -84,9 +119,9 @@ def gated(pre: Tensor, activation: str) -> Tensor:
 def _backend(x: Tensor, module: str) -> ModuleType:
     if why_not(x):
         return reference
-    from dipnet.kernels.steps import attention, norms  # they import triton
+    from dipnet.kernels.steps import attention, lists, norms  # they import triton
 
-    return {"norms": norms, "attention": attention}[module]
+    return {"norms": norms, "attention": attention, "lists": lists}[module]
 
 
 __all__ = [
@@ -96,7 +131,10 @@ __all__ = [
     "Rows",
     "UsedHeads",
     "add_norm",
+    "add_norm_above",
+    "add_norm_topk",
     "attend",
     "complete",
     "gated",
+    "list_heads",
 ]

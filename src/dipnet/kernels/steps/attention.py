@@ -192,20 +192,21 @@ def _attend(
         mine = unit_found + (split * BLOCK_Q + q) * numbers
         tl.store(mine, best)
         tl.store(mine + 1, total)
-        tl.store(mine[:, None] + 2 + d[None, :], summed)
+        tl.store(mine[:, None] + 2 + d[None, :], summed, mask=both)
         tl.debug_barrier()
         if tl.atomic_add(done + unit, 1, sem="acq_rel") == SPLITS - 1:
             tl.debug_barrier()
             best = tl.full([BLOCK_Q], LOWEST, tl.float32)
             total = tl.zeros([BLOCK_Q], tl.float32)
             summed = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-            for other in range(SPLITS):
+            for other in tl.static_range(SPLITS):
                 theirs = unit_found + (other * BLOCK_Q + q) * numbers
                 their_best = tl.load(theirs, cache_modifier=".cg")
                 higher = tl.maximum(best, their_best)
                 shrink, grow = tl.exp(best - higher), tl.exp(their_best - higher)
                 total = total * shrink + tl.load(theirs + 1, cache_modifier=".cg") * grow
-                part = tl.load(theirs[:, None] + 2 + d[None, :], cache_modifier=".cg")
+                part = theirs[:, None] + 2 + d[None, :]
+                part = tl.load(part, mask=both, other=0.0, cache_modifier=".cg")
                 summed = summed * shrink[:, None] + part * grow[:, None]
                 best = higher
             tl.store(out, _divided(summed, total), mask=both)

@@ -1,4 +1,5 @@
-"""Add to the residual stream and normalise, in one launch; and what is between gate and down.
+"""Add to the residual stream and normalise, in one launch, with what is kept of the result where
+thread blocks form clusters; and what is between gate and down.
 
 A row is whole in one program's registers, so that its sums need no second launch.
 """
@@ -10,7 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dipnet.kernels import gpu
 from dipnet.kernels.gpu.common import activated, after_previous
+from dipnet.kernels.gpu.selection import AddNorm, clusters_select, select
+from dipnet.kernels.gpu.tiles import MOST_UNITS, cut_of
 from dipnet.kernels.steps.launch import overlapping
 from dipnet.kernels.steps.shapes import Norm
 
@@ -89,6 +93,47 @@ def add_norm(
         **overlapping(hidden.device),
     )
     return summed, normed
+
+
+def add_norm_topk(
+    hidden: Tensor, delta: Tensor | None, norm: Norm, k: int, factor: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `dipnet.kernels.steps.add_norm_topk`."""
+    made = _with_selection(hidden, delta, norm)
+    if made is None or k == 0:
+        summed, normed = add_norm(hidden, delta, norm, None)
+        return summed, normed, gpu.topk_indices(normed, k, factor=factor)
+    index = hidden.new_empty(len(hidden), k, dtype=torch.int32)
+    cut = cut_of(hidden.shape[1])
+    select(cut, hidden, True, k=k, factor=factor, index=index, add_norm=made)
+    return made.summed, made.normed, index
+
+
+def add_norm_above(
+    hidden: Tensor, delta: Tensor | None, norm: Norm, threshold: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `dipnet.kernels.steps.add_norm_above`."""
+    made = _with_selection(hidden, delta, norm)
+    if made is None:
+        summed, normed = add_norm(hidden, delta, norm, None)
+        return summed, normed, *gpu.threshold_indices(normed, threshold)
+    index = torch.empty_like(hidden, dtype=torch.int32)
+    count = hidden.new_empty(len(hidden), dtype=torch.int32)
+    cut = cut_of(hidden.shape[1])
+    select(cut, hidden, True, threshold=threshold, index=index, count=count, add_norm=made)
+    return made.summed, made.normed, index, count
+
+
+def _with_selection(hidden: Tensor, delta: Tensor | None, norm: Norm) -> AddNorm | None:
+    """What `select` is given to add and normalise; None where it cannot."""
+    if norm.weight is None or norm.centred or not clusters_select(hidden):
+        return None
+    given = [part for part in (hidden, delta, norm.weight) if part is not None]
+    alike = all(part.dtype == hidden.dtype and part.is_contiguous() for part in given)
+    if not alike or hidden.numel() == 0 or hidden.shape[1] > MOST_UNITS:
+        return None
+    summed = hidden if delta is None else torch.empty_like(hidden)
+    return AddNorm(delta, norm.weight, summed, torch.empty_like(hidden), float(norm.epsilon))
 
 
 @triton.jit

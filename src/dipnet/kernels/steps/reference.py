@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dipnet.kernels.gpu.reference import ACTIVATIONS
-from dipnet.kernels.steps.shapes import Heads, Norm, Rows, UsedHeads
+from dipnet.kernels.gpu.reference import (
+    ACTIVATIONS,
+    threshold_indices,
+    topk_indices,
+    union_indices,
+)
+from dipnet.kernels.steps.shapes import Heads, Norm, Rows, UsedHeads, most_used
 
 
 def add_norm(
@@ -27,6 +32,22 @@ def add_norm(
     if ring is not None:
         ring[0].index_copy_(0, ring[1], normed[None])
     return hidden, normed
+
+
+def add_norm_topk(
+    hidden: Tensor, delta: Tensor | None, norm: Norm, k: int, factor: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `dipnet.kernels.steps.add_norm_topk`."""
+    summed, normed = add_norm(hidden, delta, norm, None)
+    return summed, normed, topk_indices(normed, k, True, factor)
+
+
+def add_norm_above(
+    hidden: Tensor, delta: Tensor | None, norm: Norm, threshold: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `dipnet.kernels.steps.add_norm_above`."""
+    summed, normed = add_norm(hidden, delta, norm, None)
+    return summed, normed, *threshold_indices(normed, threshold, True)
 
 
 def gated(pre: Tensor, activation: str) -> Tensor:
@@ -56,7 +77,7 @@ def attend(
     else:
         last = qkv.view(-1, batch, qkv.shape[1]).index_select(0, at % (len(qkv) // batch))[0]
         asked, index = last[:, : used.most * heads.size], used.index[: used.most].long()
-        index = index.clamp(max=heads.queries - 1)
+        index = index.clamp(0, heads.queries - 1)
     q = asked.reshape(batch, -1, 1, heads.size)
     q = _finished(q, heads.query_norm, rotation, turns)
     groups = index // (heads.queries // heads.groups)
@@ -97,6 +118,20 @@ def complete(
             keys[row, group, tokens] = _finished(found[:, place], heads.key_norm, rotation, turns)
             values[row, group, tokens] = found[:, place + number]
     until[:, groups] = last
+
+
+def list_heads(kept: Tensor, turn: Tensor, queries: int, groups: int, ring: int) -> UsedHeads:
+    """See `dipnet.kernels.steps.list_heads`."""
+    most, length = most_used(kept, queries, groups, ring)
+    heads = kept.long()
+    wanted = torch.zeros(len(kept), queries, dtype=torch.bool, device=kept.device)
+    wanted.scatter_(1, heads, True)
+    asked = wanted.any(dim=0)
+    needed = torch.arange(groups, device=kept.device) % ring == turn
+    needed.index_fill_(0, heads.flatten() // (queries // groups), True)
+    index, count = union_indices(torch.cat([asked, needed, needed])[None])
+    used = asked.sum(dim=0, keepdim=True, dtype=torch.int32)
+    return UsedHeads(index[:length], count, used, most, wanted if len(kept) > 1 else None)
 
 
 def _finished(

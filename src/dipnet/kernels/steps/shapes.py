@@ -63,3 +63,12 @@ class UsedHeads:
     queries: Tensor
     most: int
     wanted: Tensor | None = None
+
+
+def most_used(kept: Tensor, queries: int, groups: int, ring: int) -> tuple[int, int]:
+    """The most query heads that (batch, k) ``kept`` of ``queries`` can name together, and the most
+    places of a list of these, of the keys and values of their groups, and of those of every
+    ``ring``-th of the ``groups``.
+    """
+    most = min(queries, kept.numel())
+    return most, most + 2 * min(groups, most + -(-groups // ring))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dipnet.kernels import steps
 from dipnet.kernels.steps import UsedHeads
 from dipnet.models.decoding.sites import Kept, SiteStep
-from dipnet.models.decoding.skipped import HeadLists
+
+AHEAD, OWN, BEHIND = -2, -1, 0
+"""Priorities of streams, of which the lowest number goes first: the model's ``OWN`` soon waits for
+heads' predictors, which are small; those of neurons are large, and would hold it up meanwhile."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +28,7 @@ class Choice:
 
 
 class Forecast:
-    """Runs the predictors of ``sites`` on a stream beside the model's own, on a GPU.
+    """Runs the predictors of ``sites`` on streams beside the model's own, on a GPU.
 
     A predictor may begin when the place of the residual stream is there that it reads, and must be
     done when its block needs the units.
@@ -33,14 +37,18 @@ class Forecast:
     def __init__(
         self, sites: Iterable[SiteStep], rows: int, ring: int, device: torch.device
     ) -> None:
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.rows = rows
+        self.ring = ring
+        self.streams: dict[str, torch.cuda.Stream] = {}
         self.readers: dict[int, list[SiteStep]] = defaultdict(list)
-        self.heads: dict[SiteStep, HeadLists] = {}
         for step in sites:
-            if step.site.place is not None:
-                self.readers[step.site.place].append(step)
-            if step.site.name == "attn.head" and step.way(rows) != "whole":
-                self.heads[step] = HeadLists(step.site, rows, ring, device)
+            name, place = step.site.name, step.site.place
+            if place is None:
+                continue
+            self.readers[place].append(step)
+            if device.type == "cuda" and name not in self.streams:
+                priority = AHEAD if name == "attn.head" else BEHIND
+                self.streams[name] = torch.cuda.Stream(device, priority)
         self._made: dict[SiteStep, tuple[Choice, torch.cuda.Event | None, Tensor]] = {}
 
     def see(self, place: int, hidden: Tensor, turn: Tensor) -> None:
@@ -48,15 +56,14 @@ class Forecast:
 
         ``turn`` (1,) says which groups of heads have theirs.
         """
-        if place not in self.readers:
-            return
-        if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream())
-        with self._beside():
-            for step in self.readers[place]:
+        for step in self.readers.get(place, ()):
+            stream = self.streams.get(step.site.name)
+            if stream is not None:
+                stream.wait_stream(torch.cuda.current_stream())
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
                 choice = self._choose(step, hidden, turn)
-                done = None if self.stream is None else self.stream.record_event()
-                self._made[step] = choice, done, hidden  # which must not be overwritten before
+            done = None if stream is None else stream.record_event()
+            self._made[step] = choice, done, hidden  # which must not be overwritten before
 
     def take(self, step: SiteStep) -> Choice:
         """What was chosen for a site."""
@@ -65,11 +72,12 @@ class Forecast:
             torch.cuda.current_stream().wait_event(done)
         return choice
 
-    def _beside(self) -> AbstractContextManager[object]:
-        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
-
     def _choose(self, step: SiteStep, hidden: Tensor, turn: Tensor) -> Choice:
-        heads = self.heads.get(step)
-        if heads is None:
+        site = step.site
+        if site.name != "attn.head" or step.way(self.rows) == "whole":
             return Choice(kept=step.decide(hidden))
-        return Choice(used=heads(step.lists(hidden), turn))
+        kept = step.lists(hidden)
+        assert kept.index is not None
+        assert kept.count is None, "heads are kept in a fixed number"
+        groups = site.units // site.group
+        return Choice(used=steps.list_heads(kept.index, turn, site.units, groups, self.ring))

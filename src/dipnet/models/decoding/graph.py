@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
 import torch
 from torch import Tensor
 from transformers import StaticCache
 
 from dipnet.models.decoding.blocks import Block
 from dipnet.models.decoding.counts import StepCounts
+from dipnet.models.decoding.forecast import OWN
 from dipnet.models.decoding.token import TokenStep
 from dipnet.models.families import Decoder
 
@@ -75,9 +81,29 @@ class Replay:
         self.graph = torch.cuda.CUDAGraph()
         # a capture that is broken off would leave its own stream behind as the current one; other
         # threads may go on meanwhile
-        capture = torch.cuda.graph(self.graph, capture_error_mode="thread_local")
-        with torch.cuda.stream(torch.cuda.current_stream()), capture:
+        own = _own_stream(self.step.token.device)
+        capture = torch.cuda.graph(self.graph, stream=own, capture_error_mode="thread_local")
+        with _nothing_collected(), torch.cuda.stream(torch.cuda.current_stream()), capture:
             self.logits = self.step()
+
+
+@cache
+def _own_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that all graphs are captured on: cuBLAS takes memory for every stream."""
+    return torch.cuda.Stream(device, OWN)
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Garbage is collected before, and none meanwhile: what frees memory breaks a capture."""
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _cache(decoder: Decoder, rows: int, length: int) -> StaticCache:

@@ -30,6 +30,8 @@ class PredictedScores:
     def __call__(self, x: Tensor) -> Tensor:
         """(rows, width) residual stream -> (rows, units) float32."""
         (first, bias), rows = self.inner, self.rows[0]
-        x = gpu.rows_product(x.float(), rows, first, bias=bias, activation=self.activation)
+        x = gpu.rows_product(
+            x, rows, first, bias=bias, activation=self.activation, dtype=torch.float32
+        )
         (second, bias), rows = self.outer, self.rows[1]
         return gpu.rows_product(x, rows, second, bias=bias)

@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dipnet.kernels import gpu
+from dipnet.kernels import gpu, steps
+from dipnet.kernels.steps import Norm
 from dipnet.methods.base import Method, Threshold, TopK
 from dipnet.methods.dejavu import DejaVu
 from dipnet.methods.dip import DIP
@@ -130,18 +131,26 @@ class SiteStep:
 
     def lists(self, scored: Tensor) -> Kept:
         """What is kept, a list for each row."""
-        scores = self._scores(scored)
+        scores, magnitude = self._scores(scored), self.magnitudes
         if self.fixed is not None:
-            index = gpu.topk_indices(
-                scores, self.fixed, magnitude=self.magnitudes, factor=self.factor
-            )
-            self._count_groups(index)
-            return Kept(index)
+            index = gpu.topk_indices(scores, self.fixed, magnitude=magnitude, factor=self.factor)
+            return self._listed(index)
         assert self.threshold is not None
-        assert self.counter is not None
-        index, count = gpu.threshold_indices(scores, self.threshold, magnitude=self.magnitudes)
-        self.counts.add(self.counter, count)
-        return Kept(index, count)
+        return self._listed(*gpu.threshold_indices(scores, self.threshold, magnitude=magnitude))
+
+    def normed(
+        self, hidden: Tensor, delta: Tensor | None, norm: Norm
+    ) -> tuple[Tensor, Tensor, Kept]:
+        """`steps.add_norm` of (batch, n) activations, and `decide` of what that makes."""
+        if self.way(len(hidden)) != "own" or not self.magnitudes:
+            hidden, x = steps.add_norm(hidden, delta, norm)
+            return hidden, x, self.decide(x)
+        if self.fixed is not None:
+            hidden, x, *lists = steps.add_norm_topk(hidden, delta, norm, self.fixed, self.factor)
+        else:
+            assert self.threshold is not None
+            hidden, x, *lists = steps.add_norm_above(hidden, delta, norm, self.threshold)
+        return hidden, x, self._listed(*lists)
 
     def _scores(self, scored: Tensor) -> Tensor:
         return scored if self.magnitudes else self.score(scored)
@@ -169,6 +178,15 @@ class SiteStep:
         mask = (scores.abs() if self.magnitudes else scores) > self.threshold
         self.counts.add(self.counter, mask.sum(dim=1))
         return mask
+
+    def _listed(self, index: Tensor, count: Tensor | None = None) -> Kept:
+        """A list for each row, counted."""
+        if count is None:
+            self._count_groups(index)
+        else:
+            assert self.counter is not None
+            self.counts.add(self.counter, count)
+        return Kept(index, count)
 
     def _count_groups(self, index: Tensor) -> None:
         """Count groups of units of which one is kept, where units share weights in groups."""

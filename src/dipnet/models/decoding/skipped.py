@@ -17,41 +17,6 @@ from dipnet.kernels.steps import Heads, Rows, UsedHeads
 from dipnet.models.decoding.blocks import Block, columns
 from dipnet.models.decoding.sites import Kept
 from dipnet.models.decoding.stacked import Stacked
-from dipnet.units import Site, kept_units
-
-
-class HeadLists:
-    """Lists the heads that a token of each of ``rows`` sequences needs of one layer.
-
-    Needed are the kept query heads, and the keys and values of their groups and of those whose turn
-    it is.
-    """
-
-    def __init__(self, site: Site, rows: int, ring: int, device: torch.device) -> None:
-        groups, kept = site.units // site.group, kept_units(site.density, site.units)
-        self.site = site
-        self.rows = rows
-        turns = torch.arange(groups, device=device) % ring
-        self.turns = torch.cat([turns.new_full((site.units,), -1), turns, turns])
-        self.offsets = torch.tensor([site.units, site.units + groups], device=device)[:, None]
-        self.most = min(site.units, rows * kept)
-        self.length = self.most + 2 * min(groups, self.most + -(-groups // ring))
-        self.fixed = torch.tensor([kept], dtype=torch.int32, device=device)
-
-    def __call__(self, heads: Kept, place: Tensor) -> UsedHeads:
-        """Each row's kept heads, and (1,) whose turn it is."""
-        assert heads.index is not None
-        kept = heads.index.long()
-        flat = kept.flatten()
-        needed = torch.cat([flat, (flat // self.site.group + self.offsets).flatten()])
-        mask = (self.turns == place).index_fill_(0, needed, True)
-        index, count = gpu.union_indices(mask[None])
-        index = index[: self.length]
-        if self.rows == 1:
-            return UsedHeads(index, count, self.fixed, self.most)
-        queries = mask[: self.site.units].sum(dim=0, keepdim=True, dtype=torch.int32)
-        wanted = mask.new_zeros(self.rows, self.site.units).scatter_(1, kept, True)
-        return UsedHeads(index, count, queries, self.most, wanted)
 
 
 class SkippedHeads:

@@ -222,6 +222,8 @@ def _normed(
     ring: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Kept | None]:
     """`steps.add_norm`, and what the site that reads the result keeps of it."""
+    if site is not None and ring is None:
+        return site.normed(hidden, delta, norm)
     hidden, x = steps.add_norm(hidden, delta, norm, ring)
     return hidden, x, None if site is None else site.decide(x)
 
