@@ -69,20 +69,10 @@ FURTHER = {
         ClusterTile(16, 12, 416, 4),
         ClusterTile(32, 8, 1024, 4),
     ),
-    **dict.fromkeys(
-        (Product(1, 16, 12288, 24576), Product(1, 16, 12288, 12288)),
-        tuple(
-            ClusterTile(lanes, 11, threads, reads)
-            for lanes in (16, 32, 64)
-            for threads in (128, 256, 512)
-            for reads in (2, 4, 8)
-        ),
-    ),
 }
 """Cuts beside the regular ones. Of 3584 units each of 16 parts has 224, that is 14 reads of 16 side
 by side: 7 at a time leave nothing over and 5 little, where 4 leave half a turn; 12 blocks of 416
-threads fill three on every multiprocessor, and 8 of 1024 one. Of 12288 weights, clusters of 11
-blocks are a whole number of blocks for each of 132 multiprocessors."""
+threads fill three on every multiprocessor, and 8 of 1024 one."""
 
 LISTED = 8
 """Cuts of a product that are listed with --only."""
