@@ -1,12 +1,13 @@
 """Perplexity through the GPU's kernels, token by token, against the reference's masks.
 
-    python benchmarks/gpu_quality.py [--windows 32] [--dtype float32]
+    python benchmarks/gpu_quality.py [--windows 32] [--dtype float32] [--itself]
 
 The bundled demo models read windows of the bundled held-out text: the reference whole windows at a
 time, our decode loop one token after the other. Where two scores are all but equal, another order
 of a sum can keep another unit, and every later token of that window differs a little; so it takes
-many windows, and a difference comes with its standard error over them. The weights read are
-compared too. Ends with one JSON line.
+many windows, and a difference comes with its standard error over them. What another order alone
+does is shown by --itself: the reference token by token in the loop's place, which needs no GPU. The
+weights read are compared too. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from gpu_timing import need_gpu
 from timing import json_line, print_table
 from torch import Tensor
 from torch.nn import functional
+from transformers import DynamicCache
 
 import dipnet
 from dipnet.eval.texts import bundled_text, tokenize
@@ -60,18 +62,31 @@ def by_loop(model: Any, window: Tensor) -> Tensor:
     return functional.cross_entropy(torch.cat(made).float(), window[1:], reduction="none")
 
 
-def measured(model: Any, method: Any, windows: list[Tensor], backend: str) -> tuple[Tensor, float]:
+@torch.no_grad()
+def by_reference_in_steps(model: Any, window: Tensor) -> Tensor:
+    """The same, by the reference, one token after the other."""
+    cache = DynamicCache(config=model.config)
+    steps = window[None, :-1].split(1, dim=1)
+    made = [model(step, past_key_values=cache, use_cache=True).logits[:, 0] for step in steps]
+    return functional.cross_entropy(torch.cat(made).float(), window[1:], reduction="none")
+
+
+LOSSES = {"reference": by_reference, "gpu": by_loop, "itself": by_reference_in_steps}
+"""The ways to a window's losses."""
+
+
+def measured(model: Any, method: Any, windows: list[Tensor], way: str) -> tuple[Tensor, float]:
     """(windows,) mean losses in nats, and the share of all weights that was read for a token."""
-    losses = by_loop if backend == "gpu" else by_reference
-    with dipnet.sparsify(model, method, backend=backend):
+    losses = LOSSES[way]
+    with dipnet.sparsify(model, method, backend="gpu" if way == "gpu" else "reference"):
         means = torch.stack([losses(model, window).double().mean() for window in windows])
         return means.cpu(), dipnet.usage(model).density().total
 
 
-def compared(name: str, model: Any, method: Any, windows: list[Tensor]) -> dict[str, Any]:
-    """A method's perplexity by both ways, and by what share the loop's is higher."""
+def compared(name: str, model: Any, method: Any, windows: list[Tensor], way: str) -> dict[str, Any]:
+    """A method's perplexity by the reference and another way, and by what share that is higher."""
     reference, share = measured(model, method, windows, "reference")
-    found, gpu_share = measured(model, method, windows, "gpu")
+    found, gpu_share = measured(model, method, windows, way)
     more = found - reference
     row = {
         "model": name,
@@ -92,18 +107,21 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=MODELS)
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--itself", action="store_true", help="the reference in another order")
     args = parser.parse_args()
-    need_gpu()
-    rows = []
+    if not args.itself:
+        need_gpu()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    way, rows = "itself" if args.itself else "gpu", []
     for name in args.model or MODELS:
-        loaded = dipnet.load_model(name, device="cuda", dtype=args.dtype)
+        loaded = dipnet.load_model(name, device=device, dtype=args.dtype)
         model = loaded.model
         fitting = tokenize(loaded.tokenizer, bundled_text("calibration").content)[:CALIBRATION]
         text = tokenize(loaded.tokenizer, bundled_text("heldout").content).to(model.device)
         windows = list(text[: args.windows * WINDOW].split(WINDOW))
         made = methods(model, fitting.to(model.device))
-        rows += [compared(name, model, method, windows) for method in made]
-    header = ["", "reference", "gpu", "difference", "its error", "weights read", "gpu's"]
+        rows += [compared(name, model, method, windows, way) for method in made]
+    header = ["", "reference", way, "difference", "its error", "weights read", "there"]
     print_table(
         header,
         [
@@ -122,7 +140,8 @@ def main() -> None:
     worst = max(abs(row["difference"]) for row in rows)
     print(f"largest difference {worst:.4%} (at most 0.1 % wanted)")
     result = {"dtype": args.dtype, "windows": args.windows, "window": WINDOW, "rows": rows}
-    print(json_line(result | {"gpu": torch.cuda.get_device_name(), "largest_difference": worst}))
+    where = torch.cuda.get_device_name() if device == "cuda" else device
+    print(json_line(result | {"way": way, "device": where, "largest_difference": worst}))
 
 
 if __name__ == "__main__":
