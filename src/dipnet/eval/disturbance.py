@@ -10,7 +10,8 @@ from pathlib import Path
 
 STATISTICS = Path("/proc/stat")
 """Its first line has the ticks of all processors: user, nice, system, idle, iowait, irq, softirq,
-steal (what the host gave to other virtual machines)."""
+steal (what the host gave to other virtual machines). The system's own may be for our reads: its
+threads do not say for whom they work."""
 
 
 class Disturbance:
@@ -23,7 +24,8 @@ class Disturbance:
     def share(self) -> float:
         """Of all processors' time since then: from 0 to 1.
 
-        What this process and the children that it has waited for take is not others'.
+        What this process and the children that it has waited for take is not others', nor is what
+        the system takes.
         """
         passed, others = (now - then for now, then in zip(_ticks(), self._began, strict=True))
         return min(1.0, max(0.0, others / passed)) if passed > 0 else 0.0
@@ -38,10 +40,11 @@ def _ticks() -> tuple[float, float]:
         return 0.0, 0.0
     if len(ticks) < 8:
         return 0.0, 0.0
-    idle = ticks[3] + ticks[4]
-    return sum(ticks), sum(ticks) - idle - _own_ticks()
+    user, nice, steal = ticks[0], ticks[1], ticks[7]
+    return sum(ticks), user + nice + steal - _own_ticks()
 
 
 def _own_ticks() -> float:
-    """Ticks of this process and of its children."""
-    return sum(os.times()[:4]) * os.sysconf("SC_CLK_TCK")
+    """Ticks of this process and of its children, without the system's for them."""
+    times = os.times()
+    return (times.user + times.children_user) * os.sysconf("SC_CLK_TCK")
