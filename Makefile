@@ -17,7 +17,7 @@ demo: .venv/.installed ## install, then run the demo: a report and figures in ou
 	$(BIN)/dipnet demo --out out/demo
 
 test: lint ## lint, check the types and run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 results: .venv/.installed ## measure the tables of docs/results.md: make results DATA=folder
 	@test -n '$(DATA)' || { echo "error: name the texts' folder: make results DATA=folder" >&2; exit 1; }

@@ -10,6 +10,10 @@ import torch
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
+# Processes that test side by side share the processors.
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, which is later
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when our Triton kernels are imported
