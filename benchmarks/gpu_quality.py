@@ -1,6 +1,6 @@
 """Perplexity through the GPU's kernels, token by token, against the reference's masks.
 
-    python benchmarks/gpu_quality.py [--windows 32] [--dtype float32] [--itself]
+    python benchmarks/gpu_quality.py [--windows 32] [--dtype float32] [--method teal] [--itself]
 
 The bundled demo models read windows of the bundled held-out text: the reference whole windows at a
 time, our decode loop one token after the other. Where two scores are all but equal, another order
@@ -105,6 +105,7 @@ def compared(name: str, model: Any, method: Any, windows: list[Tensor], way: str
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", action="append", choices=MODELS)
+    parser.add_argument("--method", action="append", help="not all of them, but this")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--itself", action="store_true", help="the reference in another order")
@@ -120,7 +121,8 @@ def main() -> None:
         text = tokenize(loaded.tokenizer, bundled_text("heldout").content).to(model.device)
         windows = list(text[: args.windows * WINDOW].split(WINDOW))
         made = methods(model, fitting.to(model.device))
-        rows += [compared(name, model, method, windows, way) for method in made]
+        chosen = (method for method in made if method.name in (args.method or [method.name]))
+        rows += [compared(name, model, method, windows, way) for method in chosen]
     header = ["", "reference", way, "difference", "its error", "weights read", "there"]
     print_table(
         header,
