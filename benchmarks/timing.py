@@ -13,12 +13,10 @@ from typing import Any, TypeVar
 
 import cgroup
 
-from dipnet.eval.disturbance import Disturbance
+from dipnet.eval.disturbance import QUIET, Disturbance
 
 FOLDER = Path("/var/tmp/dipnet-bench")
 BENCHMARKS = Path(__file__).parent
-QUIET = 0.03
-"""The share of the processors' time that others may take while something is measured."""
 TRIES = 10
 """Of a measurement, until others take less."""
 PAUSE = 20.0

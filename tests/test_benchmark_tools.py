@@ -31,6 +31,35 @@ def test_sizes(tool: Any, text: str, size: int) -> None:
     assert tool("cgroup").parse_size(text) == size
 
 
+@pytest.mark.parametrize(
+    ("shares", "tries", "taken"),
+    [([0.2, 0.01, 0.0], 2, (2, 0.01)), ([0.3, 0.05, 0.2, 0.4], 4, (2, 0.05))],
+)
+def test_what_others_disturb_is_measured_again(
+    tool: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    shares: list[float],
+    tries: int,
+    taken: tuple[int, float],
+) -> None:
+    timing, made = tool("timing"), []
+
+    class Watch:
+        def __init__(self) -> None:
+            self.share = shares[len(made)]
+
+    monkeypatch.setattr(timing, "Disturbance", Watch)
+    monkeypatch.setattr(timing, "TRIES", 4)
+    monkeypatch.setattr(timing, "PAUSE", 0)
+
+    def measure() -> int:
+        made.append(1)
+        return len(made)
+
+    assert timing.undisturbed(measure) == taken
+    assert len(made) == tries
+
+
 def test_ratio_is_of_paired_rounds(tool: Any) -> None:
     rounds = tool("timing").Rounds
     slow = rounds([{"median_seconds": 4.0}, {"median_seconds": 40.0}, {"median_seconds": 9.0}])

@@ -1,50 +1,45 @@
-"""Processor time that others take while something is measured: programs, and virtual machines.
-
-Linux counts both; elsewhere nothing is known, and nobody disturbs.
-"""
+"""Processor time that others take while something is measured: programs, and virtual machines."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
-STATISTICS = Path("/proc/stat")
-"""Its first line has the ticks of all processors: user, nice, system, idle, iowait, irq, softirq,
-steal (what the host gave to other virtual machines). The system's own may be for our reads: its
-threads do not say for whom they work."""
+import psutil
+
+QUIET = 0.03
+"""The share of all processors' time that others may take without a word about it."""
 
 
 class Disturbance:
     """What others take from now on."""
 
     def __init__(self) -> None:
-        self._began = _ticks()
+        self._began = _seconds()
 
     @property
     def share(self) -> float:
         """Of all processors' time since then: from 0 to 1.
 
         What this process and the children that it has waited for take is not others', nor is what
-        the system takes.
+        the system takes: its threads do not say for whom they work, and it may be our reads.
         """
-        passed, others = (now - then for now, then in zip(_ticks(), self._began, strict=True))
+        passed, others = (now - then for now, then in zip(_seconds(), self._began, strict=True))
         return min(1.0, max(0.0, others / passed)) if passed > 0 else 0.0
 
 
-def _ticks() -> tuple[float, float]:
-    """Ticks of all processors so far: all that have passed, and those that others took."""
-    try:
-        words = STATISTICS.read_text().split("\n", 1)[0].split()[1:9]
-        ticks = [int(word) for word in words]
-    except (OSError, ValueError):
-        return 0.0, 0.0
-    if len(ticks) < 8:
-        return 0.0, 0.0
-    user, nice, steal = ticks[0], ticks[1], ticks[7]
-    return sum(ticks), user + nice + steal - _own_ticks()
+def _seconds() -> tuple[float, float]:
+    """Of all processors so far: what has passed, and what others took.
+
+    Steal is what a host gave to other virtual machines. Only some systems have it, or niceness;
+    guests' time is within users'.
+    """
+    times = psutil.cpu_times()._asdict()
+    passed = sum(taken for name, taken in times.items() if not name.startswith("guest"))
+    used = sum(times.get(name, 0.0) for name in ("user", "nice", "steal"))
+    return passed, used - _own_seconds()
 
 
-def _own_ticks() -> float:
-    """Ticks of this process and of its children, without the system's for them."""
+def _own_seconds() -> float:
+    """Of this process and of its children, without the system's for them."""
     times = os.times()
-    return (times.user + times.children_user) * os.sysconf("SC_CLK_TCK")
+    return times.user + times.children_user

@@ -22,7 +22,7 @@ import torch
 
 from dipnet import __version__
 from dipnet.errors import InputError
-from dipnet.eval.disturbance import Disturbance
+from dipnet.eval.disturbance import QUIET, Disturbance
 from dipnet.eval.probe_decoding import decoding_costs
 from dipnet.sim.device import Device, EngineCosts, Point, Product, Tier
 from dipnet.store.geometry import WEIGHTS, Weights
@@ -37,8 +37,6 @@ DISK_SECONDS = 10.0
 DRAM_BYTES = 512 << 20
 PASSES = 5
 """Over memory."""
-QUIET = 0.03
-"""The share of the processors' time that others may take without being mentioned."""
 
 Progress = Callable[[str, float], object]
 """Called with what is being measured, and the share of all work that is done."""

@@ -14,9 +14,9 @@ from typing import Annotated, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from dipnet.described import Described
+from dipnet.described import CLOSED, Described
 from dipnet.errors import InputError
 from dipnet.registry import unknown
 from dipnet.store.geometry import Weights
@@ -24,7 +24,6 @@ from dipnet.store.geometry import Weights
 FORMAT = "dipnet-device"
 VERSION = 1
 
-_SETTINGS = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 Positive = Annotated[float, Field(gt=0)]
 Seconds = Annotated[float, Field(ge=0)]
 Bytes = Annotated[int, Field(gt=0, lt=2**62)]
@@ -39,7 +38,7 @@ class Point(BaseModel):
     From the first one's request to the last one's end: the latency is in it.
     """
 
-    model_config = _SETTINGS
+    model_config = CLOSED
 
     read_bytes: Bytes
     depth: Annotated[int, Field(ge=1, lt=2**31)]
@@ -53,7 +52,7 @@ class Tier(BaseModel):
     sizes and depths; without one, a request takes ``latency`` and its bytes over ``bandwidth``.
     """
 
-    model_config = _SETTINGS
+    model_config = CLOSED
 
     capacity: Bytes
     bandwidth: Positive
@@ -129,7 +128,7 @@ class Product(BaseModel):
     A column of so many bytes takes ``column`` seconds and its bytes over ``bandwidth``.
     """
 
-    model_config = _SETTINGS
+    model_config = CLOSED
 
     working_bytes: Bytes
     column: Seconds
@@ -150,7 +149,7 @@ class EngineCosts(BaseModel):
     each kind of weights, in the order of ``working_bytes``.
     """
 
-    model_config = _SETTINGS
+    model_config = CLOSED
 
     token: Seconds
     logit: Seconds
@@ -209,7 +208,7 @@ class Device(BaseModel):
     of its bytes alone, as in the paper's simulator.
     """
 
-    model_config = _SETTINGS
+    model_config = CLOSED
 
     format: Literal["dipnet-device"] = "dipnet-device"
     version: Literal[1] = 1
