@@ -6,8 +6,8 @@
 Prints the best cuts of selections, a table of that file, of clusters or of Triton's programs, and
 ends with one JSON line.
 `--seconds` is the limit for one product; what was not tried then is left out, and said. The cut of
-the table and those of FURTHER come first. With `--only` no selection and no other product is tuned,
-and the fastest cuts are listed. Triton's kernels are compiled by N processes before.
+the table comes first. With `--only` no selection and no other product is tuned, and the fastest
+cuts are listed. Triton's kernels are compiled by N processes before, those of clusters in threads.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 from gpu_timing import DEVICE, LISTS, graph_us, in_turn, lists, need_gpu
@@ -62,18 +63,11 @@ INPUTS = {
     Product(1, 4, 4096, 7168): 14336,
 }
 """The products of columns that are tuned, and the input channels of each."""
-FURTHER = {
-    Product(1, 16, 4096, 3584): (
-        ClusterTile(16, 16, 256, 5),
-        ClusterTile(16, 16, 256, 7),
-        ClusterTile(16, 12, 416, 4),
-        ClusterTile(32, 8, 1024, 4),
-    ),
-}
-"""Cuts beside the regular ones. Of 3584 units each of 16 parts has 224, that is 14 reads of 16 side
-by side: 7 at a time leave nothing over and 5 little, where 4 leave half a turn; 12 blocks of 416
-threads fill three on every multiprocessor, and 8 of 1024 one."""
-
+REGISTERS = {2: (40, 64), 4: (48, 64), 8: (64, 80)}
+"""Registers of a thread that reads so many units of 16-bit weights at a time: with fewer there are
+more blocks on a multiprocessor, with more all reads are on their way before one is multiplied."""
+MOST_REGISTERS = 255
+"""Of a thread; what integers take is left to the compiler."""
 LISTED = 8
 """Cuts of a product that are listed with --only."""
 UNITS = (4096, 7168, 14336, 28672, 49152)
@@ -101,27 +95,26 @@ def triton_candidates(product: Product) -> Iterator[ColumnsTile]:
             yield tile
 
 
-def first_tried(product: Product, *, triton: bool) -> list[Cutting]:
-    """The cut that is in use, if the table has the product, and those of FURTHER."""
-    if triton:
-        return [COLUMNS[product]] if product in COLUMNS else []
-    used = [CLUSTERS[product]] if product in CLUSTERS else []
-    return [*used, *FURTHER.get(product, ())]
+def cut_in_use(product: Product, *, triton: bool) -> Cutting | None:
+    """The cut that is in use, if the table has the product."""
+    return (COLUMNS if triton else CLUSTERS).get(product)
 
 
 def cluster_candidates(product: Product) -> Iterator[ClusterTile]:
     """Those of clusters: between half a block and sixteen for each multiprocessor."""
     words = {16: (4,), 8: (2, 4), 4: (1, 2, 4)}[product.bits]
-    sizes = (8, 16, 32, 64), (1, 2, 4, 8, 16), (128, 256, 512), (2, 4, 8), words
-    for tile in map(ClusterTile._make, itertools.product(*sizes)):
-        bits = 32 * tile.words
-        blocks = -(-product.width * product.bits // bits // tile.lanes) * tile.parts
-        filled = product.kept / tile.parts >= tile.threads / tile.lanes * tile.reads / 2
-        fits = tile.threads * bits // product.bits * 4 <= 32768  # bytes of shared memory
-        flying = tile.threads * tile.words * 4 * tile.reads * product.matrices * blocks
+    sizes = (8, 16, 32, 64), (1, 2, 4, 8, 16), (128, 256, 512, 1024), REGISTERS, words
+    for lanes, parts, threads, reads, each in itertools.product(*sizes):
+        bits = 32 * each
+        outputs = lanes // product.matrices * bits // product.bits
+        blocks = -(-product.width // outputs) * parts
+        filled = product.kept / parts >= threads / lanes * reads / 2
+        fits = threads * bits // product.bits * 4 <= 32768  # bytes of shared memory
+        flying = threads * each * 4 * reads * blocks
         busy = multiprocessors() / 2 <= blocks <= 16 * multiprocessors() and flying >= 2**21
         if busy and filled and fits:
-            yield tile
+            for registers in REGISTERS[reads] if product.bits == 16 else (MOST_REGISTERS,):
+                yield ClusterTile(lanes, parts, threads, reads, each, registers)
 
 
 def multiprocessors() -> int:
@@ -165,10 +158,14 @@ def tuned(
     """Microseconds of each cut that was tried, the fastest first."""
     weights, index = matrices(product, inputs), lists(inputs, product.kept)
     x = torch.randn(1, inputs, device=DEVICE, dtype=torch.float16)
-    run, end, found = caller(product, x, index, weights), time.monotonic() + seconds, []
+    run, found = caller(product, x, index, weights), []
     others = list(candidates(product, triton=triton))
     random.Random(0).shuffle(others)
-    tried = list(dict.fromkeys([*first_tried(product, triton=triton), *others]))
+    first = cut_in_use(product, triton=triton)
+    tried = list(dict.fromkeys([first, *others] if first else others))
+    if not triton:
+        compile_side_by_side(run, tried)
+    end = time.monotonic() + seconds
     for at, tile in enumerate(tried):
         if time.monotonic() > end:
             print(f"# {product}: {len(tried) - at} of {len(tried)} cuts were not tried")
@@ -180,6 +177,12 @@ def tuned(
             continue
         found.append((us, tile))
     return sorted(found)
+
+
+def compile_side_by_side(run: Callable[[int, Cutting], Tensor], tiles: list[Cutting]) -> None:
+    """Compile what cuts need, in threads; one that is none for this GPU says so when timed."""
+    with ThreadPoolExecutor() as pool:
+        wait([pool.submit(run, 0, tile) for tile in tiles])
 
 
 def tuned_cuts(units: int) -> list[tuple[float, Cut]]:
@@ -251,9 +254,9 @@ def main() -> None:
         read = product.matrices * product.kept * product.width * product.bits / 8
         us, tile = found[0]
         print(f"    {product!r}: {tile!r},  # {us:.2f} us, {read / us / 1e3:.0f} GB/s")
-        first = first_tried(product, triton=args.triton)
+        in_use = cut_in_use(product, triton=args.triton)
         for rank, (us, tile) in enumerate(found if args.only else [], start=1):
-            if rank <= LISTED or tile in first:
+            if rank <= LISTED or tile == in_use:
                 print(f"    # {rank}: {us:.2f} us, {tile!r}", flush=True)
     print("}")
     print(json.dumps(report))

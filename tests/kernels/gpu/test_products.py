@@ -11,7 +11,7 @@ from torch import Tensor
 from dipnet.errors import BackendError, InputError
 from dipnet.kernels import gpu
 from dipnet.kernels.gpu import choice, reference
-from dipnet.kernels.gpu.tiles import ColumnsTile
+from dipnet.kernels.gpu.tiles import CLUSTERS, ColumnsTile, Product
 from dipnet.kernels.gpu.weights import Weight
 from dipnet.kernels.reference import row_bytes
 from tests.kernels.gpu.device import DEVICE, launch, needs_kernels
@@ -217,10 +217,33 @@ def test_large_columns(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = torch.randn(shape, device=DEVICE, dtype=dtype)
     for share in (0.001, 0.1, 0.5, 1):
         index = gpu.topk_indices(x, round(share * shape[0]))
-        residual = torch.randn(1, shape[1], device=DEVICE)
+        residual = torch.randn(1, shape[1], device=DEVICE, dtype=dtype)
         check("columns_product", x, index, weight, residual=residual)
         once, again = (gpu.columns_product(x, index, weight, backend="gpu") for _ in range(2))
         assert torch.equal(once, again)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("product", CLUSTERS)
+def test_every_cut(product: Product, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists that end within a turn of a cut, and are shorter than one."""
+    monkeypatch.setattr(launch, "nearest", lambda table, wanted: CLUSTERS[product])
+    for other in ("columns", "integer_columns", "shared_columns"):
+        monkeypatch.setattr(launch, other, None)  # it is the clusters' kernel that serves
+    units, dtype = 3001, torch.float16
+    weight, up = (
+        torch.randn(units, product.width, device=DEVICE, dtype=dtype)
+        if product.bits == 16
+        else packed(f"int{product.bits}", units, product.width)
+        for _ in range(2)
+    )
+    x, added = torch.randn(2, units).to(dtype), torch.randn(2, product.width).to(dtype)
+    for k in (1, 1300, units):
+        if product.matrices == 2:
+            check("gated_columns", x / 64, kept(2, units, k), weight, up, "silu")
+        else:
+            named = {"bias": added[0], "residual": added}
+            check("columns_product", x, kept(2, units, k), weight, **named)
 
 
 @pytest.mark.cuda

@@ -94,6 +94,15 @@ def test_drawn_as_hugging_face_draws(family: str) -> None:
     assert torch.equal(*made)
 
 
+@pytest.mark.parametrize("n", [1, 7, 96, 1024, 50257, 50272])
+def test_highest_of_a_row(n: int) -> None:
+    """The first of equal ones, and NaN before all, as `argmax` has it."""
+    scores = torch.randint(50, (3, n)).float().to(DEVICE)
+    assert torch.equal(loop._highest(scores), scores.argmax(dim=-1))
+    scores[1, n // 2], scores[2] = float("nan"), float("-inf")
+    assert torch.equal(loop._highest(scores), scores.argmax(dim=-1))
+
+
 def test_ends_where_the_text_ends() -> None:
     """The token after the end is computed before the end is known, and is not counted."""
     model, prompt = float_model("llama"), tokens(1, 6).to(DEVICE)

@@ -71,6 +71,7 @@ def cluster_columns(
         "PARTS": tile.parts,
         "WORDS": tile.words,
         "READS": tile.reads,
+        "REGISTERS": tile.registers,
     }
     kernel = nvrtc.function(SOURCE, KERNEL, x.device, tuple(macros.items()))
     sizes = (index.shape[-1] * block, weight.width, vectors, x.stride(0), list_stride(index))
@@ -79,7 +80,7 @@ def cluster_columns(
         *(bias, residual if residual is None else residual.contiguous(), out),
         *(*sizes, weight.data.stride(0) * weight.data.element_size(), size),
     )
-    grid = (-(-vectors // tile.lanes) * tile.parts, len(x))
+    grid = (-(-vectors // (tile.lanes // len(weights))) * tile.parts, len(x))
     nvrtc.launch(kernel, grid, tile.threads, given)
     return out
 

@@ -4,12 +4,14 @@
 // Macros: KIND of the weights: 0 float16, 1 bfloat16, 2 int8, 3 int4; X of x, bias, residual and out:
 // 0 float16, 1 bfloat16, 2 float32; MATRICES 1, or 2 for gate and up; COMPACT 0 or 1; BLOCK units of
 // an index; ACTIVATION 0 none, 1 relu, 2 silu, 3 gelu, 4 gelu_tanh; THREADS of a block, LANES of them
-// side by side in a unit, PARTS of the list, one for each block of a cluster; WORDS of 4 bytes that a
-// thread reads of a unit, READS units that are on their way at a time.
+// side by side in a unit (of gate one half, of up the other), PARTS of the list, one for each block of
+// a cluster; WORDS of 4 bytes that a thread reads of a unit, READS units that are on their way at a
+// time; REGISTERS that a thread may take.
 //
-// A thread multiplies the first unit when the last one is on its way. Its sums stay in registers. Those
-// of a block's threads meet in its shared memory, those of a cluster's blocks are added in the blocks'
-// order: always the same numbers.
+// A thread multiplies the first unit when the last one is on its way: left to itself the compiler
+// would save registers and multiply before, hence REGISTERS. Its sums stay in registers. Those
+// of a block's threads meet in its shared memory; then every block of a cluster is given all blocks'
+// sums of some columns, and adds them in the blocks' order: always the same numbers.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -24,11 +26,14 @@ typedef u16 Number;
 #define PIECES (KIND == 3 ? 8 : KIND == 2 ? 4 : 2)  // weights of a word
 #define STEPS (KIND == 3 ? WORDS : (WORDS + 1) / 2)  // multipliers of the words that are read at once
 #define OUTPUTS (WORDS * PIECES)
-#define COLUMNS (LANES * OUTPUTS)  // of a cluster
+#define COLUMNS (LANES * OUTPUTS)  // of a cluster, of all matrices
+#define MADE (COLUMNS / MATRICES)  // outputs of a cluster
+#define OWN ((MADE + PARTS - 1) / PARTS)  // of them of a block
 #define SIDES (THREADS / LANES)    // units that the threads of a block read side by side
 #define IN_WARP (LANES < 32 ? 32 / LANES : 1)
 #define GROUPS (SIDES / IN_WARP)
 #define ALL 0xffffffffu
+#define RESIDENT (THREADS * REGISTERS > 65536 ? 1 : 65536 / (THREADS * REGISTERS))
 
 #if PARTS > 1
 #define CLUSTER __cluster_dims__(PARTS, 1, 1)
@@ -175,30 +180,34 @@ __device__ float activated(float value) {
     return value;
 }
 
-// The blocks of the cluster wait for each other; what they wrote before is there after.
-__device__ void meet() {
+// All blocks of the cluster arrive, and wait for each other; what they wrote before is there after.
+__device__ void arrive() {
 #if PARTS > 1
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+__device__ void wait() {
+#if PARTS > 1
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
     __syncthreads();
 #endif
 }
 
-__device__ float read_in_block(const float* address, u32 block) {
+__device__ void write_in_block(float* address, u32 block, float value) {
 #if PARTS > 1
     u32 here = (u32)__cvta_generic_to_shared(address), there;
-    float value;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(block));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
-    return value;
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
 #else
-    return *address;
+    *address = value;
 #endif
 }
 
-// Add up what the threads of this block have of its columns.
-__device__ void sum_in_block(float* totals, float (*partial)[COLUMNS], float* sums) {
+// Add up what the threads of this block have of each column, for the block that makes its output.
+__device__ void share_sums(float* totals, float (*partial)[COLUMNS], float (*sums)[PARTS][OWN],
+                           u32 part) {
     const u32 thread = threadIdx.x, lane = thread % LANES;
 #pragma unroll
     for (u32 i = 0; i < OUTPUTS; i++)
@@ -212,9 +221,9 @@ __device__ void sum_in_block(float* totals, float (*partial)[COLUMNS], float* su
     for (u32 column = thread; column < COLUMNS; column += THREADS) {
         float sum = 0;
         for (u32 group = 0; group < GROUPS; group++) sum += partial[group][column];
-        sums[column] = sum;
+        const u32 made = column % MADE;
+        write_in_block(&sums[column / MADE][part][made % OWN], made / OWN, sum);
     }
-    __syncthreads();
 }
 
 // The next units of a thread.
@@ -226,78 +235,69 @@ __device__ void read_units(const int* index, int start, int end, u32* units) {
     }
 }
 
-extern "C" __global__ void CLUSTER __launch_bounds__(THREADS)
+extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, RESIDENT)
 multiply_columns(const Number* x, const int* index, const int* count, const unsigned char* weight,
                  const float* scales, const unsigned char* up, const float* up_scales,
                  const Number* bias, const Number* residual, Number* out, int kept, int width,
                  int vectors, int x_stride, int index_stride, int weight_stride, int first) {
     __shared__ alignas(16) float partial[GROUPS][COLUMNS];
-    __shared__ float sums[MATRICES][COLUMNS];
+    __shared__ float sums[MATRICES][PARTS][OWN];
     const u32 row = blockIdx.y, part = blockIdx.x % PARTS, thread = threadIdx.x;
-    const u32 begin_vector = blockIdx.x / PARTS * LANES, vector = begin_vector + thread % LANES;
+    const u32 each = LANES / MATRICES, lane = thread % LANES, side = thread / LANES;
+    const u32 begin_vector = blockIdx.x / PARTS * each, vector = begin_vector + lane % each;
     const bool inside = vector < vectors;
+    if (MATRICES == 2 && lane >= each) weight = up, scales = up_scales;
 
+    arrive();  // another block may write into this one's shared memory when both have begun
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;");
     x += (size_t)row * x_stride;
     index += (size_t)row * index_stride;
     if (count) kept = min(kept, count[index_stride ? row : 0] * BLOCK);
-    const int share = (kept + PARTS - 1) / PARTS;
-    const int end = min((int)(part + 1) * share, kept);
+    const int share = (kept + PARTS - 1) / PARTS, begin = part * share;
+    const int end = min(begin + share, kept), own_end = inside ? end : 0;
 
-    alignas(16) float totals[MATRICES][OUTPUTS] = {};
-    float surplus[MATRICES][WORDS] = {};
-    int start = part * share + thread / LANES;
+    alignas(16) float totals[OUTPUTS] = {};
+    float surplus[WORDS] = {};
     u32 units[READS];
-    read_units(index, start, inside ? end : 0, units);
-    for (; start < end && inside; start += SIDES * READS) {
-        u32 words[MATRICES][READS][WORDS];
-        u32 steps[MATRICES][READS] = {};
-        float values[MATRICES][READS];
+    read_units(index, begin + side, own_end, units);
+    for (int start = begin; start < end; start += SIDES * READS) {
+        u32 words[READS][WORDS], steps[READS] = {};
+        float values[READS];
 #pragma unroll
         for (u32 i = 0; i < READS; i++) {  // all of them on their way before one is needed
-            const int at = start + i * SIDES;
-            const bool valid = at < end;
-            const size_t from = (size_t)units[i] * weight_stride;
-            const float value = read_number(x + (COMPACT ? at : units[i]), valid);
-#pragma unroll
-            for (u32 matrix = 0; matrix < MATRICES; matrix++) {
-                const unsigned char* unit = (matrix ? up : weight) + from;
-                read_words(unit + vector * WORDS * 4, valid, words[matrix][i]);
-                values[matrix][i] = value;
+            const int at = start + side + i * SIDES;
+            const bool valid = at < own_end;
+            const unsigned char* unit = weight + (size_t)units[i] * weight_stride;
+            values[i] = read_number(x + (COMPACT ? at : units[i]), valid);
+            read_words(unit + vector * WORDS * 4, valid, words[i]);
 #if INTEGERS
-                steps[matrix][i] = read_steps(unit + first, vector, valid);
-                values[matrix][i] *= __uint_as_float(read_word((matrix ? up_scales : scales) + units[i], valid));
+            steps[i] = read_steps(unit + first, vector, valid);
+            values[i] *= __uint_as_float(read_word(scales + units[i], valid));
 #endif
-            }
         }
-        read_units(index, start + SIDES * READS, end, units);
+        read_units(index, start + side + SIDES * READS, own_end, units);
 #pragma unroll
-        for (u32 i = 0; i < READS; i++)
-#pragma unroll
-            for (u32 matrix = 0; matrix < MATRICES; matrix++)
-                add(totals[matrix], surplus[matrix], words[matrix][i], steps[matrix][i],
-                    values[matrix][i]);
+        for (u32 i = 0; i < READS; i++) add(totals, surplus, words[i], steps[i], values[i]);
     }
 
-#pragma unroll
-    for (u32 matrix = 0; matrix < MATRICES; matrix++) {
-        if (KIND == 3)
-            for (u32 i = 0; i < OUTPUTS; i++)
-                totals[matrix][i] = 16 * totals[matrix][i] - 24 * surplus[matrix][i / PIECES];
-        sum_in_block(totals[matrix], partial, sums[matrix]);
-    }
-    meet();
-    for (u32 column = part * COLUMNS / PARTS + thread; column < (part + 1) * COLUMNS / PARTS;
-         column += THREADS) {
+    if (KIND == 3)
+        for (u32 i = 0; i < OUTPUTS; i++) totals[i] = 16 * totals[i] - 24 * surplus[i / PIECES];
+    wait();
+    share_sums(totals, partial, sums, part);
+    arrive();
+    wait();
+#pragma unroll 1
+    for (u32 own = thread; own < OWN; own += THREADS) {
+        const u32 made = part * OWN + own;
+        const u32 output = place(begin_vector + made / OUTPUTS, made % OUTPUTS);
+        if (made >= MADE || output >= width) continue;
         float total = 0, raised = 0;
 #pragma unroll
         for (u32 block = 0; block < PARTS; block++) {
-            total += read_in_block(&sums[0][column], block);
-            if (MATRICES == 2) raised += read_in_block(&sums[MATRICES - 1][column], block);
+            total += sums[0][block][own];
+            if (MATRICES == 2) raised += sums[MATRICES - 1][block][own];
         }
-        const u32 output = place(begin_vector + column / OUTPUTS, column % OUTPUTS);
-        if (output >= width) continue;
         if (bias) total += number(bias + output);
         total = activated(total);
         if (MATRICES == 2) total *= raised;
@@ -305,7 +305,4 @@ multiply_columns(const Number* x, const int* index, const int* count, const unsi
         if (residual) total += number(residual + at);
         write(out + at, total);
     }
-#if PARTS > 1
-    meet();  // no block ends while another reads its sums
-#endif
 }

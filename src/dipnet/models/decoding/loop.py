@@ -7,6 +7,7 @@ so that neither waits for the other. Anything else is left to Hugging Face, on t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -109,8 +110,7 @@ def decode(model: Any, replay: Replay, input_ids: Tensor, call: Call) -> Tensor:
     logits = _prompt(model, replay, input_ids, call.options)
     ends = Ends(call, len(ids), input_ids.device)
     while length < longest and not ends.ended:
-        scores = call.processors(ids[:, :length], logits.to(copy=True, dtype=torch.float32))
-        token = ends.send(_chosen(scores, drawn=bool(call.config.do_sample)))
+        token = ends.send(_next(logits, ids[:, :length], call))
         ids[:, length] = token
         length += 1
         if length < longest:  # before it is known whether the texts have ended
@@ -183,8 +183,23 @@ class Ends:
         return values
 
 
-def _chosen(scores: Tensor, drawn: bool) -> Tensor:
-    """The next tokens, as Hugging Face chooses them: (batch, vocabulary) scores -> (batch,)."""
-    if drawn:
+def _next(logits: Tensor, ids: Tensor, call: Call) -> Tensor:
+    """The next tokens, as Hugging Face chooses them: (batch, vocabulary) logits -> (batch,)."""
+    if not call.processors and not call.config.do_sample:
+        return _highest(logits)
+    scores = call.processors(ids, logits.to(copy=True, dtype=torch.float32))
+    if call.config.do_sample:
         return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
-    return scores.argmax(dim=-1)
+    return _highest(scores)
+
+
+def _highest(scores: Tensor) -> Tensor:
+    """`argmax` of each row, in parts where its length allows: (batch, n) -> (batch,).
+
+    PyTorch's is one thread block's work: for one row of 128256 it takes 28 us on an H200, in parts
+    about 20.
+    """
+    parts = math.gcd(scores.shape[1], 256)
+    highest, places = scores.unflatten(1, (parts, -1)).max(dim=-1)
+    part = highest.argmax(dim=-1, keepdim=True)
+    return (part * (scores.shape[1] // parts) + places.gather(1, part)).squeeze(1)
