@@ -5,8 +5,8 @@
 
 Prints the best cuts of selections, a table of that file, of clusters or of Triton's programs, and
 ends with one JSON line.
-`--seconds` is the limit for one product; what was not tried then is left out, and said. The cut of
-the table comes first. With `--only` no selection and no other product is tuned, and the fastest
+`--seconds` is the limit for timing one product; what was not tried is left out, and said. The cut
+of the table comes first. With `--only` no selection and no other product is tuned, and the fastest
 cuts are listed. Triton's kernels are compiled by N processes before, those of clusters in threads.
 """
 
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from gpu_timing import DEVICE, LISTS, graph_us, in_turn, lists, need_gpu
@@ -39,6 +39,10 @@ INPUTS = {
     Product(1, 16, 4096, 7168): 14336,
     Product(1, 16, 4096, 1434): 14336,
     Product(1, 16, 4096, 2048): 4096,
+    Product(1, 16, 5120, 8960): 17920,
+    Product(1, 16, 5120, 2560): 5120,
+    Product(1, 16, 2048, 4096): 8192,
+    Product(1, 16, 2048, 1024): 2048,
     Product(1, 16, 4096, 3584): 14336,
     Product(1, 16, 6144, 2048): 4096,
     Product(1, 16, 7168, 2867): 28672,
@@ -55,6 +59,7 @@ INPUTS = {
     Product(1, 16, 28672, 717): 7168,
     Product(2, 16, 14336, 2048): 4096,
     Product(2, 16, 14336, 410): 4096,
+    Product(2, 16, 8192, 1024): 2048,
     Product(1, 8, 14336, 2048): 4096,
     Product(1, 8, 4096, 7168): 14336,
     Product(2, 8, 14336, 2048): 4096,
@@ -63,11 +68,9 @@ INPUTS = {
     Product(1, 4, 4096, 7168): 14336,
 }
 """The products of columns that are tuned, and the input channels of each."""
-REGISTERS = {2: (40, 64), 4: (48, 64), 8: (64, 80)}
-"""Registers of a thread that reads so many units of 16-bit weights at a time: with fewer there are
-more blocks on a multiprocessor, with more all reads are on their way before one is multiplied."""
-MOST_REGISTERS = 255
-"""Of a thread; what integers take is left to the compiler."""
+RESIDENT = {2: (1536, 1024), 4: (1280, 1024), 8: (1024, 768)}
+"""Threads on a multiprocessor, where each reads so many units of 16-bit weights at a time: with
+more of them fewer registers are left to each, and some of its reads wait for others."""
 LISTED = 8
 """Cuts of a product that are listed with --only."""
 UNITS = (4096, 7168, 14336, 28672, 49152)
@@ -103,7 +106,7 @@ def cut_in_use(product: Product, *, triton: bool) -> Cutting | None:
 def cluster_candidates(product: Product) -> Iterator[ClusterTile]:
     """Those of clusters: between half a block and sixteen for each multiprocessor."""
     words = {16: (4,), 8: (2, 4), 4: (1, 2, 4)}[product.bits]
-    sizes = (8, 16, 32, 64), (1, 2, 4, 8, 16), (128, 256, 512, 1024), REGISTERS, words
+    sizes = (8, 16, 32, 64), (1, 2, 4, 8, 16), (128, 256, 512, 1024), RESIDENT, words
     for lanes, parts, threads, reads, each in itertools.product(*sizes):
         bits = 32 * each
         outputs = lanes // product.matrices * bits // product.bits
@@ -113,8 +116,9 @@ def cluster_candidates(product: Product) -> Iterator[ClusterTile]:
         flying = threads * each * 4 * reads * blocks
         busy = multiprocessors() / 2 <= blocks <= 16 * multiprocessors() and flying >= 2**21
         if busy and filled and fits:
-            for registers in REGISTERS[reads] if product.bits == 16 else (MOST_REGISTERS,):
-                yield ClusterTile(lanes, parts, threads, reads, each, registers)
+            held = RESIDENT[reads] if product.bits == 16 else ()  # of integers it is not known
+            for resident in {max(1, most // threads) for most in held} or {1}:
+                yield ClusterTile(lanes, parts, threads, reads, resident, each)
 
 
 def multiprocessors() -> int:
@@ -182,7 +186,10 @@ def tuned(
 def compile_side_by_side(run: Callable[[int, Cutting], Tensor], tiles: list[Cutting]) -> None:
     """Compile what cuts need, in threads; one that is none for this GPU says so when timed."""
     with ThreadPoolExecutor() as pool:
-        wait([pool.submit(run, 0, tile) for tile in tiles])
+        made = [pool.submit(run, 0, tile) for tile in tiles]
+    for error in filter(None, (each.exception() for each in made)):
+        if not isinstance(error, BackendError):
+            raise error
 
 
 def tuned_cuts(units: int) -> list[tuple[float, Cut]]:

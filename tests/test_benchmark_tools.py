@@ -122,21 +122,25 @@ def test_cgroup_ends_what_takes_too_long(cgroup: Any) -> None:
     assert (done.timed_out, done.stdout) == (True, "begun\n")
 
 
-def test_cuts_that_are_tried_first(tool: Any) -> None:
-    """The one in use, then those that are no regular ones; all of them can be launched."""
+def test_cuts_can_be_launched(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the table, and those that are tried on a GPU of 132 multiprocessors."""
     pytest.importorskip("triton", reason="the cuts are of Triton's kernels, too")
     tuner = tool("tune_gpu_kernels")
-    for product, further in tuner.FURTHER.items():
-        used, *others = tuner.first_tried(product, triton=False)
-        assert used == tuner.CLUSTERS[product]
-        assert others == list(further)
-        assert product in tuner.INPUTS
-        for tile in further:
-            bits = 32 * tile.words
+    monkeypatch.setattr(tuner, "multiprocessors", lambda: 132)
+    assert set(tuner.CLUSTERS) == set(tuner.INPUTS)
+    for product in tuner.INPUTS:
+        tried = [*tuner.candidates(product, triton=False)]
+        assert len(set(tried)) == len(tried) > 20
+        for tile in (tuner.CLUSTERS[product], *tried):
+            outputs = tile.words * 32 // product.bits
+            sides = tile.threads // max(32, tile.lanes)
+            shared = sides * tile.lanes * outputs + tile.lanes * outputs + 16 * product.matrices
             assert tile.parts <= 16
+            assert tile.lanes % product.matrices == 0
             assert tile.threads % max(32, tile.lanes) == 0
-            assert tile.threads * bits // product.bits * 4 < 48 << 10  # bytes of shared memory
-            assert product.width * product.bits % (bits * tile.lanes) == 0
+            assert 4 * shared <= 48 << 10
+            assert tile.threads * tile.resident <= 2048
+            assert tile.reads * tile.words + outputs < 65536 // (tile.threads * tile.resident)
 
 
 def test_random_store(tool: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import warnings
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -230,20 +231,21 @@ def test_every_cut(product: Product, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "nearest", lambda table, wanted: CLUSTERS[product])
     for other in ("columns", "integer_columns", "shared_columns"):
         monkeypatch.setattr(launch, other, None)  # it is the clusters' kernel that serves
-    units, dtype = 3001, torch.float16
+    units = 3001
+    numbers: dict[str, Any] = {"device": DEVICE, "dtype": torch.float16}
     weight, up = (
-        torch.randn(units, product.width, device=DEVICE, dtype=dtype)
+        torch.randn(units, product.width, **numbers)
         if product.bits == 16
-        else packed(f"int{product.bits}", units, product.width)
+        else moved(packed(f"int{product.bits}", units, product.width))
         for _ in range(2)
     )
-    x, added = torch.randn(2, units).to(dtype), torch.randn(2, product.width).to(dtype)
+    x, added = torch.randn(2, units, **numbers), torch.randn(2, product.width, **numbers)
     for k in (1, 1300, units):
+        index = kept(2, units, k).to(DEVICE)
         if product.matrices == 2:
-            check("gated_columns", x / 64, kept(2, units, k), weight, up, "silu")
+            check("gated_columns", x / 64, index, weight, up, "silu")
         else:
-            named = {"bias": added[0], "residual": added}
-            check("columns_product", x, kept(2, units, k), weight, **named)
+            check("columns_product", x, index, weight, bias=added[0], residual=added)
 
 
 @pytest.mark.cuda

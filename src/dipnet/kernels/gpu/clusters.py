@@ -71,7 +71,7 @@ def cluster_columns(
         "PARTS": tile.parts,
         "WORDS": tile.words,
         "READS": tile.reads,
-        "REGISTERS": tile.registers,
+        "RESIDENT": tile.resident,
     }
     kernel = nvrtc.function(SOURCE, KERNEL, x.device, tuple(macros.items()))
     sizes = (index.shape[-1] * block, weight.width, vectors, x.stride(0), list_stride(index))

@@ -5,13 +5,13 @@
 // 0 float16, 1 bfloat16, 2 float32; MATRICES 1, or 2 for gate and up; COMPACT 0 or 1; BLOCK units of
 // an index; ACTIVATION 0 none, 1 relu, 2 silu, 3 gelu, 4 gelu_tanh; THREADS of a block, LANES of them
 // side by side in a unit (of gate one half, of up the other), PARTS of the list, one for each block of
-// a cluster; WORDS of 4 bytes that a thread reads of a unit, READS units that are on their way at a
-// time; REGISTERS that a thread may take.
+// a cluster; RESIDENT blocks that a multiprocessor holds at least; WORDS of 4 bytes that a thread reads
+// of a unit, READS units that it asks for before it multiplies the first.
 //
-// A thread multiplies the first unit when the last one is on its way: left to itself the compiler
-// would save registers and multiply before, hence REGISTERS. Its sums stay in registers. Those
-// of a block's threads meet in its shared memory; then every block of a cluster is given all blocks'
-// sums of some columns, and adds them in the blocks' order: always the same numbers.
+// RESIDENT says how many registers there are for that: left to itself the compiler saves registers,
+// and multiplies before all reads are on their way. Sums stay in registers. Those of a block's threads
+// meet in its shared memory; then every block of a cluster is given all blocks' sums of some outputs,
+// and adds them in the blocks' order: always the same numbers.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -28,12 +28,11 @@ typedef u16 Number;
 #define OUTPUTS (WORDS * PIECES)
 #define COLUMNS (LANES * OUTPUTS)  // of a cluster, of all matrices
 #define MADE (COLUMNS / MATRICES)  // outputs of a cluster
-#define OWN ((MADE + PARTS - 1) / PARTS)  // of them of a block
+#define OWN ((MADE + PARTS - 1) / PARTS)  // outputs that a block finishes
 #define SIDES (THREADS / LANES)    // units that the threads of a block read side by side
 #define IN_WARP (LANES < 32 ? 32 / LANES : 1)
 #define GROUPS (SIDES / IN_WARP)
 #define ALL 0xffffffffu
-#define RESIDENT (THREADS * REGISTERS > 65536 ? 1 : 65536 / (THREADS * REGISTERS))
 
 #if PARTS > 1
 #define CLUSTER __cluster_dims__(PARTS, 1, 1)
@@ -180,15 +179,24 @@ __device__ float activated(float value) {
     return value;
 }
 
-// All blocks of the cluster arrive, and wait for each other; what they wrote before is there after.
-__device__ void arrive() {
+// Say that this block has begun, and wait until all of the cluster have: from then on one may write
+// into another's shared memory.
+__device__ void say_begun() {
 #if PARTS > 1
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;");
 #endif
 }
 
-__device__ void wait() {
+__device__ void wait_begun() {
 #if PARTS > 1
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// The blocks of the cluster wait for each other; what they wrote before is there after.
+__device__ void meet() {
+#if PARTS > 1
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
     __syncthreads();
@@ -205,7 +213,7 @@ __device__ void write_in_block(float* address, u32 block, float value) {
 #endif
 }
 
-// Add up what the threads of this block have of each column, for the block that makes its output.
+// Add up what the threads of this block have of each column, for the block that finishes its output.
 __device__ void share_sums(float* totals, float (*partial)[COLUMNS], float (*sums)[PARTS][OWN],
                            u32 part) {
     const u32 thread = threadIdx.x, lane = thread % LANES;
@@ -248,7 +256,7 @@ multiply_columns(const Number* x, const int* index, const int* count, const unsi
     const bool inside = vector < vectors;
     if (MATRICES == 2 && lane >= each) weight = up, scales = up_scales;
 
-    arrive();  // another block may write into this one's shared memory when both have begun
+    say_begun();
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;");
     x += (size_t)row * x_stride;
@@ -283,10 +291,9 @@ multiply_columns(const Number* x, const int* index, const int* count, const unsi
 
     if (KIND == 3)
         for (u32 i = 0; i < OUTPUTS; i++) totals[i] = 16 * totals[i] - 24 * surplus[i / PIECES];
-    wait();
+    wait_begun();
     share_sums(totals, partial, sums, part);
-    arrive();
-    wait();
+    meet();
 #pragma unroll 1
     for (u32 own = thread; own < OWN; own += THREADS) {
         const u32 made = part * OWN + own;

@@ -40,15 +40,16 @@ class ColumnsTile(NamedTuple):
 class ClusterTile(NamedTuple):
     """How a cluster of thread blocks cuts a product of input channels (columns.cu): threads side by
     side in a unit (of gate one half, of up the other), parts of the list, threads of a block, units
-    that a thread reads at a time, words of 4 bytes of each, and registers that a thread may take.
+    that a thread reads at a time, blocks that a multiprocessor holds at least, and words of 4 bytes
+    that are read of a unit.
     """
 
     lanes: int
     parts: int
     threads: int
     reads: int
+    resident: int = 1
     words: int = 4
-    registers: int = 64
 
 
 class Cut(NamedTuple):
@@ -101,33 +102,33 @@ COLUMNS = {
     Product(1, 4, 4096, 7168): ColumnsTile(16, 8, 8, 2),
 }
 CLUSTERS = {
-    Product(1, 16, 14336, 2048): ClusterTile(32, 8, 256, 4),
-    Product(1, 16, 14336, 410): ClusterTile(16, 1, 1024, 4),
-    Product(1, 16, 4096, 7168): ClusterTile(8, 2, 1024, 4),
-    Product(1, 16, 4096, 3584): ClusterTile(8, 2, 1024, 2, registers=40),
-    Product(1, 16, 4096, 1434): ClusterTile(8, 2, 512, 4, registers=48),
-    Product(1, 16, 4096, 2048): ClusterTile(16, 16, 256, 2),
-    Product(1, 16, 6144, 2048): ClusterTile(16, 16, 128, 4),
-    Product(1, 16, 7168, 2867): ClusterTile(16, 8, 128, 4, registers=48),
-    Product(1, 16, 7168, 3584): ClusterTile(16, 8, 128, 4, registers=48),
-    Product(1, 16, 17920, 2560): ClusterTile(32, 8, 256, 2),
-    Product(1, 16, 17920, 512): ClusterTile(8, 1, 256, 4, registers=48),
-    Product(1, 16, 28672, 3584): ClusterTile(8, 1, 128, 8, registers=80),
-    Product(1, 16, 28672, 717): ClusterTile(8, 1, 128, 8, registers=80),
-    Product(1, 16, 49152, 6144): ClusterTile(16, 1, 256, 8, registers=80),
-    Product(1, 16, 49152, 3072): ClusterTile(16, 1, 512, 2),
-    Product(1, 16, 49152, 1229): ClusterTile(16, 2, 256, 2, registers=40),
-    Product(1, 16, 12288, 24576): ClusterTile(8, 2, 512, 2, registers=40),
-    Product(1, 16, 12288, 12288): ClusterTile(8, 2, 512, 2, registers=40),
-    Product(1, 16, 12288, 4915): ClusterTile(8, 2, 512, 2, registers=40),
-    Product(2, 16, 14336, 2048): ClusterTile(64, 4, 512, 4, registers=48),
-    Product(2, 16, 14336, 410): ClusterTile(32, 4, 256, 2),
-    Product(1, 8, 14336, 2048): ClusterTile(32, 8, 256, 8, registers=255),
-    Product(1, 8, 4096, 7168): ClusterTile(8, 16, 128, 4, registers=255),
-    Product(2, 8, 14336, 2048): ClusterTile(64, 4, 512, 8, registers=255),
-    Product(1, 4, 14336, 2048): ClusterTile(16, 8, 256, 4, registers=255),
-    Product(2, 4, 14336, 2048): ClusterTile(64, 16, 256, 4, registers=255),
-    Product(1, 4, 4096, 7168): ClusterTile(8, 2, 1024, 4, words=1, registers=255),
+    Product(1, 16, 14336, 2048): ClusterTile(32, 8, 256, 4, 4),
+    Product(1, 16, 14336, 410): ClusterTile(16, 1, 1024, 4, 1),
+    Product(1, 16, 4096, 7168): ClusterTile(8, 2, 1024, 4, 1),
+    Product(1, 16, 4096, 3584): ClusterTile(8, 2, 1024, 2, 1),
+    Product(1, 16, 4096, 1434): ClusterTile(8, 2, 512, 4, 2),
+    Product(1, 16, 4096, 2048): ClusterTile(16, 16, 256, 2, 4),
+    Product(1, 16, 6144, 2048): ClusterTile(16, 16, 128, 4, 8),
+    Product(1, 16, 7168, 2867): ClusterTile(16, 8, 128, 4, 10),
+    Product(1, 16, 7168, 3584): ClusterTile(16, 8, 128, 4, 10),
+    Product(1, 16, 17920, 2560): ClusterTile(32, 8, 256, 2, 4),
+    Product(1, 16, 17920, 512): ClusterTile(8, 1, 256, 4, 5),
+    Product(1, 16, 28672, 3584): ClusterTile(8, 1, 128, 8, 6),
+    Product(1, 16, 28672, 717): ClusterTile(8, 1, 128, 8, 6),
+    Product(1, 16, 49152, 6144): ClusterTile(16, 1, 256, 8, 3),
+    Product(1, 16, 49152, 3072): ClusterTile(16, 1, 512, 2, 2),
+    Product(1, 16, 49152, 1229): ClusterTile(16, 2, 256, 2, 6),
+    Product(1, 16, 12288, 24576): ClusterTile(8, 2, 512, 2, 3),
+    Product(1, 16, 12288, 12288): ClusterTile(8, 2, 512, 2, 3),
+    Product(1, 16, 12288, 4915): ClusterTile(8, 2, 512, 2, 3),
+    Product(2, 16, 14336, 2048): ClusterTile(64, 4, 512, 4, 2),
+    Product(2, 16, 14336, 410): ClusterTile(32, 4, 256, 2, 4),
+    Product(1, 8, 14336, 2048): ClusterTile(32, 8, 256, 8),
+    Product(1, 8, 4096, 7168): ClusterTile(8, 16, 128, 4),
+    Product(2, 8, 14336, 2048): ClusterTile(64, 4, 512, 8),
+    Product(1, 4, 14336, 2048): ClusterTile(16, 8, 256, 4),
+    Product(2, 4, 14336, 2048): ClusterTile(64, 16, 256, 4),
+    Product(1, 4, 4096, 7168): ClusterTile(8, 2, 1024, 4, words=1),
 }
 ROWS = {
     Product(1, 16, 4096, 7168): Tile(8, 512, 4),

@@ -196,10 +196,12 @@ def _next(logits: Tensor, ids: Tensor, call: Call) -> Tensor:
 def _highest(scores: Tensor) -> Tensor:
     """`argmax` of each row, in parts where its length allows: (batch, n) -> (batch,).
 
-    PyTorch's is one thread block's work: for one row of 128256 it takes 28 us on an H200, in parts
+    One row of 128256 takes PyTorch 28 us on an H200, where one thread block has it, and in parts
     about 20.
     """
     parts = math.gcd(scores.shape[1], 256)
+    if parts == 1:
+        return scores.argmax(dim=-1)
     highest, places = scores.unflatten(1, (parts, -1)).max(dim=-1)
     part = highest.argmax(dim=-1, keepdim=True)
     return (part * (scores.shape[1] // parts) + places.gather(1, part)).squeeze(1)
