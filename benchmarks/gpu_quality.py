@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=MODELS)
     parser.add_argument("--method", action="append", help="not all of them, but this")
     parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     parser.add_argument("--itself", action="store_true", help="the reference in another order")
     args = parser.parse_args()
     if not args.itself:

@@ -1,4 +1,5 @@
-"""Where the GPU kernels are tested: on a GPU, else in Triton's interpreter (tests/conftest.py).
+"""Where the GPU kernels are tested: on a GPU, else in Triton's interpreter (tests/conftest.py), and
+those in CUDA C++ on any machine (on_cpu).
 
 NVIDIA's tools look for bad accesses and races while the same tests run; PyTorch's allocator has to
 be off, or it hides what lies behind a tensor:

@@ -5,14 +5,10 @@
 __device__ Score rounded(float value) {
 #if KIND == 2
     return value;
+#elif KIND == 1
+    return to_bfloat(value);
 #else
-    Score made;
-#if KIND == 1
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(made) : "f"(value));
-#else
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(made) : "f"(value));
-#endif
-    return made;
+    return to_half(value);
 #endif
 }
 

@@ -13,8 +13,7 @@
 // meet in its shared memory; then every block of a cluster is given all blocks' sums of some outputs,
 // and adds them in the blocks' order: always the same numbers.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
+#include "ptx.cuh"
 
 #if X == 2
 typedef float Number;
@@ -40,12 +39,6 @@ typedef u16 Number;
 #define CLUSTER
 #endif
 
-__device__ float of_half(u16 value) {
-    float number;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(number) : "h"(value));
-    return number;
-}
-
 __device__ float number(const Number* at) {
 #if X == 2
     return *at;
@@ -60,53 +53,10 @@ __device__ void write(Number* at, float value) {
 #if X == 2
     *at = value;
 #elif X == 1
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(*at) : "f"(value));
+    *at = to_bfloat(value);
 #else
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(*at) : "f"(value));
+    *at = to_half(value);
 #endif
-}
-
-// Reads of what is not `valid` are 0. No branch: many reads have to be on their way at a time.
-// Weights are read once: they need not stay in the first cache.
-__device__ void read_words(const unsigned char* at, bool valid, u32* words) {
-#if WORDS == 4
-    asm volatile(
-        "{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0;"
-        " mov.u32 %3, 0; @p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
-        : "=&r"(words[0]), "=&r"(words[1]), "=&r"(words[2]), "=&r"(words[3])
-        : "l"(at), "r"((u32)valid));
-#elif WORDS == 2
-    asm volatile(
-        "{ .reg .pred p; setp.ne.u32 p, %3, 0; mov.u32 %0, 0; mov.u32 %1, 0;"
-        " @p ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2]; }"
-        : "=&r"(words[0]), "=&r"(words[1]) : "l"(at), "r"((u32)valid));
-#else
-    asm volatile(
-        "{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0;"
-        " @p ld.global.nc.L1::no_allocate.u32 %0, [%1]; }"
-        : "=&r"(words[0]) : "l"(at), "r"((u32)valid));
-#endif
-}
-
-__device__ u32 read_word(const void* at, bool valid) {
-    u32 read;
-    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0; @p ld.global.u32 %0, [%1]; }"
-                 : "=&r"(read) : "l"(at), "r"((u32)valid));
-    return read;
-}
-
-__device__ u16 read_short(const void* at, bool valid) {
-    u16 read;
-    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.u16 %0, 0; @p ld.global.u16 %0, [%1]; }"
-                 : "=&h"(read) : "l"(at), "r"((u32)valid));
-    return read;
-}
-
-__device__ u32 read_byte(const void* at, bool valid) {
-    u32 read;
-    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0; @p ld.global.u8 %0, [%1]; }"
-                 : "=&r"(read) : "l"(at), "r"((u32)valid));
-    return read;
 }
 
 __device__ float read_number(const Number* at, bool valid) {
@@ -182,35 +132,23 @@ __device__ float activated(float value) {
 // Say that this block has begun, and wait until all of the cluster have: from then on one may write
 // into another's shared memory.
 __device__ void say_begun() {
-#if PARTS > 1
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;");
-#endif
+    if (PARTS > 1) arrive_empty_in_cluster();
 }
 
 __device__ void wait_begun() {
-#if PARTS > 1
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
+    if (PARTS > 1) wait_in_cluster();
 }
 
 // The blocks of the cluster wait for each other; what they wrote before is there after.
 __device__ void meet() {
-#if PARTS > 1
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-    __syncthreads();
-#endif
+    if (PARTS == 1) return __syncthreads();
+    arrive_in_cluster();
+    wait_in_cluster();
 }
 
-__device__ void write_in_block(float* address, u32 block, float value) {
-#if PARTS > 1
-    u32 here = (u32)__cvta_generic_to_shared(address), there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(block));
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
-#else
-    *address = value;
-#endif
+__device__ void give(float* address, u32 block, float value) {
+    if (PARTS > 1) set_in_block(address, block, value);
+    else *address = value;
 }
 
 // Add up what the threads of this block have of each column, for the block that finishes its output.
@@ -230,7 +168,7 @@ __device__ void share_sums(float* totals, float (*partial)[COLUMNS], float (*sum
         float sum = 0;
         for (u32 group = 0; group < GROUPS; group++) sum += partial[group][column];
         const u32 made = column % MADE;
-        write_in_block(&sums[column / MADE][part][made % OWN], made / OWN, sum);
+        give(&sums[column / MADE][part][made % OWN], made / OWN, sum);
     }
 }
 
@@ -248,7 +186,7 @@ multiply_columns(const Number* x, const int* index, const int* count, const unsi
                  const float* scales, const unsigned char* up, const float* up_scales,
                  const Number* bias, const Number* residual, Number* out, int kept, int width,
                  int vectors, int x_stride, int index_stride, int weight_stride, int first) {
-    __shared__ alignas(16) float partial[GROUPS][COLUMNS];
+    alignas(16) __shared__ float partial[GROUPS][COLUMNS];
     __shared__ float sums[MATRICES][PARTS][OWN];
     const u32 row = blockIdx.y, part = blockIdx.x % PARTS, thread = threadIdx.x;
     const u32 each = LANES / MATRICES, lane = thread % LANES, side = thread / LANES;
@@ -257,8 +195,8 @@ multiply_columns(const Number* x, const int* index, const int* count, const unsi
     if (MATRICES == 2 && lane >= each) weight = up, scales = up_scales;
 
     say_begun();
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;");
+    wait_for_previous();
+    let_next_come();
     x += (size_t)row * x_stride;
     index += (size_t)row * index_stride;
     if (count) kept = min(kept, count[index_stride ? row : 0] * BLOCK);
@@ -278,7 +216,7 @@ multiply_columns(const Number* x, const int* index, const int* count, const unsi
             const bool valid = at < own_end;
             const unsigned char* unit = weight + (size_t)units[i] * weight_stride;
             values[i] = read_number(x + (COMPACT ? at : units[i]), valid);
-            read_words(unit + vector * WORDS * 4, valid, words[i]);
+            read_once(unit + vector * WORDS * 4, valid, words[i]);
 #if INTEGERS
             steps[i] = read_steps(unit + first, vector, valid);
             values[i] *= __uint_as_float(read_word(scales + units[i], valid));

@@ -12,8 +12,7 @@
 // Counts are integers: their order does not matter. Thread t of block b holds EACH neighbouring
 // scores, so that places follow from counts of what lies before.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
+#include "ptx.cuh"
 
 #if KIND == 2 || FACTOR
 #define WIDE 1
@@ -48,39 +47,11 @@ typedef u16 Score;
 
 // All blocks of the cluster arrive, and wait for each other; what they wrote before is there after.
 __device__ void arrive() {
-#if BLOCKS > 1
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
+    if (BLOCKS > 1) arrive_in_cluster();
 }
 
 __device__ void wait() {
-#if BLOCKS > 1
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// Where another block of the cluster has what is at this address of its shared memory.
-__device__ u32 in_block(u32* address, u32 block) {
-    u32 here = (u32)__cvta_generic_to_shared(address), there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(block));
-    return there;
-}
-
-__device__ void add_in_block(u32* address, u32 block, u32 value) {
-    asm volatile("red.relaxed.cluster.shared::cluster.add.u32 [%0], %1;"
-                 ::"r"(in_block(address, block)), "r"(value) : "memory");
-}
-
-__device__ void set_in_block(u32* address, u32 block, u32 value) {
-    asm volatile("st.shared::cluster.u32 [%0], %1;"
-                 ::"r"(in_block(address, block)), "r"(value) : "memory");
-}
-
-__device__ u32 read_in_block(const u32* address, u32 block) {
-    u32 value;
-    asm volatile("ld.shared::cluster.u32 %0, [%1];"
-                 : "=r"(value) : "r"(in_block((u32*)address, block)) : "memory");
-    return value;
+    if (BLOCKS > 1) wait_in_cluster();
 }
 
 __device__ float number(Score score) {
@@ -89,9 +60,7 @@ __device__ float number(Score score) {
 #elif KIND == 1
     return __uint_as_float((u32)score << 16);
 #else
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(score));
-    return value;
+    return of_half(score);
 #endif
 }
 
@@ -244,7 +213,7 @@ select_units(const Score* scores, const float* factor, const float* threshold, i
     const u32 block = blockIdx.x, row = blockIdx.y;
     const u32 begin = (block * THREADS + thread) * EACH;
 
-    asm volatile("griddepcontrol.launch_dependents;");
+    let_next_come();
 #if !ABOVE
     shared.first.clear(thread);
     for (u32 i = 0; i + 2 < DIGITS; i++) shared.middle[i].clear(thread);
@@ -257,7 +226,7 @@ select_units(const Score* scores, const float* factor, const float* threshold, i
 #endif
     arrive();
     __syncthreads();
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_previous();
 
     alignas(16) Score own[EACH];
     const size_t in_row = (size_t)row * n;

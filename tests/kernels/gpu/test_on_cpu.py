@@ -1,0 +1,163 @@
+"""The kernels in CUDA C++, on a CPU, against the reference: `on_cpu`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="what launches the kernels knows Triton's, too")
+
+from dipnet.kernels.gpu import nvrtc, reference
+from dipnet.kernels.gpu.clusters import cluster_columns
+from dipnet.kernels.gpu.selection import AddNorm, select
+from dipnet.kernels.gpu.tiles import ClusterTile, Cut
+from dipnet.kernels.gpu.weights import Weight
+from dipnet.kernels.steps import Norm
+from dipnet.kernels.steps import reference as steps_reference
+from tests.kernels.gpu.on_cpu import OnCPU
+from tests.kernels.gpu.test_products import TOLERANCE, kept, packed
+
+HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> OnCPU:
+    return OnCPU(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(compiler: OnCPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "function", compiler.function)
+    monkeypatch.setattr(nvrtc, "launch", compiler.launch)
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    error = (found.double() - wanted.double()).norm()
+    assert found.dtype == wanted.dtype
+    assert error <= TOLERANCE[wanted.dtype] * wanted.double().norm()
+
+
+def weights(kind: str, units: int, width: int, dtype: torch.dtype, number: int) -> list[Weight]:
+    if kind == "float":
+        return [Weight.of(torch.randn(units, width).to(dtype)) for _ in range(number)]
+    return [packed(kind, units, width) for _ in range(number)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "width", "tile"),
+    [
+        ("float", HALF, 8, ClusterTile(8, 1, 64, 2)),
+        ("float", BFLOAT, 136, ClusterTile(8, 2, 64, 4)),
+        ("float", HALF, 520, ClusterTile(32, 3, 128, 2)),
+        ("float", HALF, 600, ClusterTile(64, 4, 128, 4)),
+        ("bf16", FLOAT, 70, ClusterTile(16, 2, 32, 2)),
+        ("int8", HALF, 150, ClusterTile(8, 2, 64, 2)),
+        ("int4", BFLOAT, 300, ClusterTile(8, 3, 64, 2)),
+        ("int4", FLOAT, 130, ClusterTile(16, 2, 64, 4, words=2)),
+        ("int4", HALF, 130, ClusterTile(8, 1, 64, 2, words=1)),
+    ],
+)
+def test_columns(kind: str, dtype: torch.dtype, width: int, tile: ClusterTile) -> None:
+    units = 90
+    (weight,) = weights(kind, units, width, dtype, 1)
+    x, added = torch.randn(2, units).to(dtype), torch.randn(2, width).to(dtype)
+    count = torch.tensor([0, 17], dtype=torch.int32)
+    for k, given in ((1, None), (31, count), (units, None)):
+        index, named = kept(2, units, k), {"bias": added[0], "residual": added}
+        wanted = reference.columns_product(
+            x, index, weight, given, added[0], added, compact=False, block=1
+        )
+        close(cluster_columns(x, index, (weight,), tile, count=given, **named), wanted)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_blocks_of_columns(compact: bool) -> None:
+    tile, (weight,) = ClusterTile(8, 2, 64, 2), weights("float", 48, 72, HALF, 1)
+    index, count = kept(None, 12, 7), torch.tensor([5], dtype=torch.int32)
+    x = torch.randn(3, 28 if compact else 48).to(HALF)
+    wanted = reference.columns_product(x, index, weight, count, None, None, compact, 4)
+    named: dict[str, Any] = {"count": count, "compact": compact, "block": 4}
+    close(cluster_columns(x, index, (weight,), tile, **named), wanted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "activation", "tile"),
+    [
+        ("float", 200, "silu", ClusterTile(16, 2, 64, 2)),
+        ("float", 96, "gelu", ClusterTile(64, 3, 128, 4)),
+        ("int8", 100, "relu", ClusterTile(8, 1, 64, 2)),
+        ("int4", 260, "gelu_tanh", ClusterTile(8, 2, 64, 2)),
+    ],
+)
+def test_gate_and_up(kind: str, width: int, activation: str, tile: ClusterTile) -> None:
+    gate, up = weights(kind, 70, width, HALF, 2)
+    x, index = torch.randn(2, 70).to(HALF) / 8, kept(2, 70, 33)
+    wanted = reference.gated_columns(x, index, gate, up, activation, None)
+    close(cluster_columns(x, index, (gate, up), tile, activation=activation), wanted)
+
+
+def scores(n: int, dtype: torch.dtype) -> Tensor:
+    """With ties, zeros of both signs, infinities and NaN."""
+    made = torch.randint(-40, 40, (2, n)).to(dtype) / 8
+    made[0, : n // 50] = float("nan")
+    made[1, 3], made[1, 5], made[0, -1] = float("inf"), float("-inf"), -0.0
+    return made
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n", "cut", "magnitude", "weighed"),
+    [
+        (HALF, 250, Cut(1, 64, 4), True, False),
+        (BFLOAT, 1000, Cut(2, 128, 4), True, False),
+        (FLOAT, 999, Cut(4, 64, 4), True, False),
+        (HALF, 2048, Cut(4, 64, 8), False, False),
+        (BFLOAT, 700, Cut(2, 128, 4), True, True),
+        (FLOAT, 4000, Cut(16, 64, 4), False, True),
+    ],
+)
+def test_topk(n: int, dtype: torch.dtype, cut: Cut, magnitude: bool, weighed: bool) -> None:
+    given, factor = scores(n, dtype), torch.rand(n) if weighed else None
+    for k in (1, n // 3, n):
+        index = torch.empty(2, k, dtype=torch.int32)
+        select(cut, given, magnitude, factor=factor, index=index, k=k)
+        assert torch.equal(index, reference.topk_indices(given, k, magnitude, factor))
+
+
+def test_masks_and_what_is_kept() -> None:
+    given, cut, k = scores(500, HALF), Cut(2, 64, 4), 170
+    mask = torch.empty(2, 500, dtype=torch.bool)
+    select(cut, given, True, mask=mask, k=k)
+    assert torch.equal(mask, reference.topk_mask(given, k, True, None))
+    found = torch.empty_like(given)
+    select(cut, given, True, kept=found, k=k)
+    wanted = reference.keep_topk(given, k, None)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("cut", [Cut(1, 128, 4), Cut(4, 32, 4)])
+def test_thresholds(cut: Cut) -> None:
+    given, threshold = scores(500, BFLOAT), torch.tensor([2.6])
+    index, count = torch.empty(2, 500, dtype=torch.int32), torch.empty(2, dtype=torch.int32)
+    select(cut, given, True, threshold=threshold, index=index, count=count)
+    wanted, counted = reference.threshold_indices(given, threshold, True)
+    assert torch.equal(count, counted)
+    for row, many in enumerate(count.tolist()):
+        assert torch.equal(index[row, :many], wanted[row, :many])
+
+
+@pytest.mark.parametrize("cut", [Cut(1, 64, 4), Cut(2, 32, 4)])
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT, FLOAT])
+def test_norm_before_selection(cut: Cut, dtype: torch.dtype) -> None:
+    hidden, delta = (torch.randn(2, 240).to(dtype) for _ in range(2))
+    norm = Norm(torch.rand(240).to(dtype), None, 1e-5, centred=False)
+    summed, normed = torch.empty_like(hidden), torch.empty_like(hidden)
+    index = torch.empty(2, 80, dtype=torch.int32)
+    made = AddNorm(delta, norm.weight, summed, normed, norm.epsilon)
+    select(cut, hidden, True, index=index, k=80, add_norm=made)
+    wanted = steps_reference.add_norm(hidden, delta, norm, None)
+    assert torch.equal(summed, wanted[0])
+    close(normed, wanted[1])
+    assert torch.equal(index, reference.topk_indices(normed, 80, True, None))
