@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,16 +33,23 @@ CALIBRATION = 4096
 MODELS = ("demo-swiglu", "demo-relu")
 
 
-def methods(model: Any, tokens: Tensor) -> Iterator[Any]:
-    """What decodes on a GPU, of every kind of mask."""
+def dejavu(model: Any, tokens: Tensor) -> Any:
+    """Predictors of one epoch."""
     fitted = dipnet.fit_predictors(model, tokens, window=128, epochs=1, rank=64)
-    yield dipnet.DejaVu(0.3, 0.5, predictors=fitted)
-    yield dipnet.DIP(0.5, attention_density=0.5)
-    yield dipnet.calibrate(model, dipnet.TEAL(0.6), tokens)
-    if dipnet.describe(model).gated:
-        yield dipnet.GatePruning(0.5)
-        yield dipnet.calibrate(model, dipnet.CATS(0.5), tokens)
-    yield dipnet.Dense()
+    return dipnet.DejaVu(0.3, 0.5, predictors=fitted)
+
+
+METHODS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "dejavu": dejavu,
+    "dip": lambda model, tokens: dipnet.DIP(0.5, attention_density=0.5),
+    "teal": lambda model, tokens: dipnet.calibrate(model, dipnet.TEAL(0.6), tokens),
+    "gate": lambda model, tokens: dipnet.GatePruning(0.5),
+    "cats": lambda model, tokens: dipnet.calibrate(model, dipnet.CATS(0.5), tokens),
+    "dense": lambda model, tokens: dipnet.Dense(),
+}
+"""What decodes on a GPU, of every kind of mask, fitted on tokens where it needs that."""
+GATED = {"gate", "cats"}
+"""Those that a model without gates has not."""
 
 
 @torch.no_grad()
@@ -86,26 +93,26 @@ def measured(model: Any, method: Any, windows: list[Tensor], way: str) -> tuple[
 def compared(name: str, model: Any, method: Any, windows: list[Tensor], way: str) -> dict[str, Any]:
     """A method's perplexity by the reference and another way, and by what share that is higher."""
     reference, share = measured(model, method, windows, "reference")
-    found, gpu_share = measured(model, method, windows, way)
+    found, found_share = measured(model, method, windows, way)
     more = found - reference
     row = {
         "model": name,
         "method": method.name,
         "reference": math.exp(float(reference.mean())),
-        "gpu": math.exp(float(found.mean())),
+        "found": math.exp(float(found.mean())),
         "difference": math.expm1(float(more.mean())),
         "error": float(more.std()) / math.sqrt(len(more)),
         "share": share,
-        "gpu_share": gpu_share,
+        "found_share": found_share,
     }
-    print(f"{name} {method.name}: {row['reference']:.4f} {row['gpu']:.4f}", flush=True)
+    print(f"{name} {method.name}: {row['reference']:.4f} {row['found']:.4f}", flush=True)
     return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", action="append", choices=MODELS)
-    parser.add_argument("--method", action="append", help="not all of them, but this")
+    parser.add_argument("--method", action="append", choices=METHODS, help="not all, but this")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     parser.add_argument("--itself", action="store_true", help="the reference in another order")
@@ -120,9 +127,12 @@ def main() -> None:
         fitting = tokenize(loaded.tokenizer, bundled_text("calibration").content)[:CALIBRATION]
         text = tokenize(loaded.tokenizer, bundled_text("heldout").content).to(model.device)
         windows = list(text[: args.windows * WINDOW].split(WINDOW))
-        made = methods(model, fitting.to(model.device))
-        chosen = (method for method in made if method.name in (args.method or [method.name]))
-        rows += [compared(name, model, method, windows, way) for method in chosen]
+        without = set() if dipnet.describe(model).gated else GATED
+        for chosen in [each for each in args.method or METHODS if each not in without]:
+            method = METHODS[chosen](model, fitting.to(model.device))
+            rows.append(compared(name, model, method, windows, way))
+    if not rows:
+        raise SystemExit(f"error: no gates to prune by ({', '.join(args.method)}) in this model")
     header = ["", "reference", way, "difference", "its error", "weights read", "there"]
     print_table(
         header,
@@ -130,11 +140,11 @@ def main() -> None:
             [
                 f"{row['model']} {row['method']}",
                 f"{row['reference']:.4f}",
-                f"{row['gpu']:.4f}",
+                f"{row['found']:.4f}",
                 f"{row['difference']:+.4%}",
                 f"{row['error']:.4%}",
                 f"{row['share']:.5f}",
-                f"{row['gpu_share']:.5f}",
+                f"{row['found_share']:.5f}",
             ]
             for row in rows
         ],

@@ -18,7 +18,7 @@ from dipnet.kernels.gpu.weights import Weight
 from dipnet.kernels.steps import Norm
 from dipnet.kernels.steps import reference as steps_reference
 from tests.kernels.gpu.on_cpu import OnCPU
-from tests.kernels.gpu.test_products import TOLERANCE, kept, packed
+from tests.kernels.gpu.test_products import close, kept, packed
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 
@@ -32,12 +32,6 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> OnCPU:
 def on_cpu(compiler: OnCPU, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvrtc, "function", compiler.function)
     monkeypatch.setattr(nvrtc, "launch", compiler.launch)
-
-
-def close(found: Tensor, wanted: Tensor) -> None:
-    error = (found.double() - wanted.double()).norm()
-    assert found.dtype == wanted.dtype
-    assert error <= TOLERANCE[wanted.dtype] * wanted.double().norm()
 
 
 def weights(kind: str, units: int, width: int, dtype: torch.dtype, number: int) -> list[Weight]:

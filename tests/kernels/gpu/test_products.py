@@ -53,10 +53,15 @@ def check(name: str, *args: object, **named: object) -> None:
     wanted = function(*args, **named, backend="reference")
     there = [moved(arg) for arg in args], {key: moved(arg) for key, arg in named.items()}
     found = function(*there[0], **there[1], backend="gpu")
+    close(found.cpu(), wanted.cpu())
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    """Alike, and as near as their numbers allow."""
     assert found.dtype == wanted.dtype
     assert found.shape == wanted.shape
-    error = (found.cpu().double() - wanted.cpu().double()).norm()
-    assert error <= TOLERANCE[wanted.dtype] * wanted.cpu().double().norm()
+    error = (found.double() - wanted.double()).norm()
+    assert error <= TOLERANCE[wanted.dtype] * wanted.double().norm()
 
 
 @needs_kernels

@@ -1,8 +1,10 @@
 """How a product is cut into programs, from measurements on an H200.
 
 `benchmarks/tune_gpu_kernels.py` tries cuts, and prints the tables of columns: those of clusters, or
-with --triton those of Triton's programs. What is in no table is cut as the product that is nearest:
-in weights of a unit, and in kept units.
+with --triton those of Triton's programs. For the layers of Llama-3-8B (DIP) and OPT-30B (Deja Vu)
+the table has the cuts with which, of those tried, the decode loop was fastest: there other kernels
+run before a product and beside it. What is in no table is cut as the product that is nearest: in
+weights of a unit, and in kept units.
 """
 
 from __future__ import annotations
