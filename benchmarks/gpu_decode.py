@@ -39,13 +39,13 @@ PROMPT, NEW, RANK = 128, 64, 1000
 LENGTH = 256  # of Hugging Face's static cache, as of ours
 
 
-def llama() -> PreTrainedModel:
-    """Llama-3-8B's shapes."""
+def llama(layers: int = 32) -> PreTrainedModel:
+    """Llama-3-8B's shapes, or those of a model of fewer layers."""
     config = transformers.LlamaConfig(
         vocab_size=128256,
         hidden_size=4096,
         intermediate_size=14336,
-        num_hidden_layers=32,
+        num_hidden_layers=layers,
         num_attention_heads=32,
         num_key_value_heads=8,
         max_position_embeddings=8192,
@@ -54,14 +54,14 @@ def llama() -> PreTrainedModel:
     return random_model(config)
 
 
-def opt() -> PreTrainedModel:
-    """OPT-30B's shapes."""
+def opt(layers: int = 48) -> PreTrainedModel:
+    """OPT-30B's shapes, or those of a model of fewer layers."""
     config = transformers.OPTConfig(
         vocab_size=50272,
         hidden_size=7168,
         word_embed_proj_dim=7168,
         ffn_dim=28672,
-        num_hidden_layers=48,
+        num_hidden_layers=layers,
         num_attention_heads=56,
         max_position_embeddings=2048,
     )
@@ -96,7 +96,7 @@ def dejavu(model: PreTrainedModel) -> dipnet.DejaVu:
 class Subject:
     """A model, and the method that it is decoded with."""
 
-    build: Callable[[], PreTrainedModel]
+    build: Callable[..., PreTrainedModel]
     method: Callable[[PreTrainedModel], Any]
 
 

@@ -1,20 +1,27 @@
 """Perplexity through the GPU's kernels, token by token, against the reference's masks.
 
-    python benchmarks/gpu_quality.py [--windows 32] [--dtype float32] [--method teal] [--itself]
+    python benchmarks/gpu_quality.py [--windows 32] [--method teal] [--weights int4] [--itself]
 
 The bundled demo models read windows of the bundled held-out text: the reference whole windows at a
 time, our decode loop one token after the other. Where two scores are all but equal, another order
 of a sum can keep another unit, and every later token of that window differs a little; so it takes
 many windows, and a difference comes with its standard error over them. What another order alone
-does is shown by --itself: the reference token by token in the loop's place, which needs no GPU. The
-weights read are compared too. Ends with one JSON line.
+does is shown by --itself: the reference token by token in the loop's place, which needs no GPU.
+With --context reference every token finds the reference's keys and values of the tokens before, so
+that differences do not add up: 0.1 % can be seen on fewer windows, and in 16 bits.
+
+With --weights the linear layers are a store's columns, for the reference too, and all else is of
+--dtype: so the kernels for 16-bit and integer weights are measured in float32. The weights read are
+compared too. Ends with one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +34,9 @@ from transformers import DynamicCache
 import dipnet
 from dipnet.eval.texts import bundled_text, tokenize
 from dipnet.models.attach import ATTACHED
+from dipnet.pack.packing import pack
+from dipnet.store.index import read_index
+from dipnet.streaming.gpu.resident import resident
 
 WINDOW = 256
 CALIBRATION = 4096
@@ -50,50 +60,103 @@ METHODS: dict[str, Callable[[Any, Tensor], Any]] = {
 """What decodes on a GPU, of every kind of mask, fitted on tokens where it needs that."""
 GATED = {"gate", "cats"}
 """Those that a model without gates has not."""
+OF_COLUMNS = {"dip", "teal", "dense"}
+"""Those that a store's columns serve."""
 
 
-@torch.no_grad()
-def by_reference(model: Any, window: Tensor) -> Tensor:
-    """(n,) tokens -> (n - 1,) losses of all but the first."""
-    logits = model(window[None], use_cache=False).logits[0, :-1]
+def loaded(name: str, weights: str | None, dtype: str, device: str) -> tuple[Any, Any]:
+    """A bundled model and its tokenizer; with ``weights`` its linear layers are columns of them."""
+    plain = dipnet.load_model(name, device=device, dtype=dtype)
+    if weights is None:
+        return plain.model, plain.tokenizer
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "store"
+        pack(name, store, weights)
+        given = store, read_index(store), None, "sparse", torch.device(device)
+        model = resident(*given, dtype=getattr(torch, dtype))
+    dipnet.restore(model)
+    return model, plain.tokenizer
+
+
+def methods(model: Any, asked: list[str] | None, weights: str | None) -> list[str]:
+    """Of those that are asked for, the ones that there are for a model."""
+    without = set() if dipnet.describe(model).gated else GATED
+    there = OF_COLUMNS if weights else set(METHODS) - without
+    return [name for name in asked or METHODS if name in there]
+
+
+Keys = list[tuple[Tensor, Tensor]]
+"""Keys and values of each layer, of all tokens of a window."""
+
+
+def losses(logits: Tensor, window: Tensor) -> Tensor:
+    """(n, vocabulary) logits of all but the last of (n + 1,) tokens -> (n,) losses in nats."""
     return functional.cross_entropy(logits.float(), window[1:], reduction="none")
 
 
-@torch.no_grad()
-def by_loop(model: Any, window: Tensor) -> Tensor:
-    """The same, from the loop's logits of one token after the other."""
-    replay = getattr(model, ATTACHED).decoding.replay(len(window))
-    replay.begin()
-    replay.prompt_ended(0)
-    made = [replay.run(token).clone() for token in window[:-1, None]]
-    return functional.cross_entropy(torch.cat(made).float(), window[1:], reduction="none")
-
-
-@torch.no_grad()
-def by_reference_in_steps(model: Any, window: Tensor) -> Tensor:
-    """The same, by the reference, one token after the other."""
+def by_reference(model: Any, window: Tensor) -> tuple[Tensor, Keys]:
+    """The losses of all tokens but the first, the whole window at once."""
     cache = DynamicCache(config=model.config)
-    steps = window[None, :-1].split(1, dim=1)
-    made = [model(step, past_key_values=cache, use_cache=True).logits[:, 0] for step in steps]
-    return functional.cross_entropy(torch.cat(made).float(), window[1:], reduction="none")
+    logits = model(window[None], past_key_values=cache, use_cache=True).logits[0, :-1]
+    return losses(logits, window), [(layer.keys, layer.values) for layer in cache.layers]
 
 
-LOSSES = {"reference": by_reference, "gpu": by_loop, "itself": by_reference_in_steps}
-"""The ways to a window's losses."""
+def by_loop(model: Any, window: Tensor, before: Keys | None) -> Tensor:
+    """The same, from the loop's logits of one token after the other.
+
+    Each token finds the keys and values that the loop has made, or those of ``before``.
+    """
+    replay = getattr(model, ATTACHED).decoding.replay(len(window))
+    cache, made = replay.begin(), []
+    replay.prompt_ended(0)
+    for position, token in enumerate(window[:-1, None]):
+        if before is not None:
+            replay.prompt_ended(position)
+            put(cache, before, slice(0 if position == 0 else position - 1, position))
+        made.append(replay.run(token).clone())
+    return losses(torch.cat(made), window)
 
 
-def measured(model: Any, method: Any, windows: list[Tensor], way: str) -> tuple[Tensor, float]:
-    """(windows,) mean losses in nats, and the share of all weights that was read for a token."""
-    losses = LOSSES[way]
-    with dipnet.sparsify(model, method, backend="gpu" if way == "gpu" else "reference"):
-        means = torch.stack([losses(model, window).double().mean() for window in windows])
-        return means.cpu(), dipnet.usage(model).density().total
+def put(cache: Any, before: Keys, at: slice) -> None:
+    """Let a static cache hold these keys and values at some positions."""
+    for layer, (keys, values) in zip(cache.layers, before, strict=True):
+        layer.keys[:, :, at] = keys[:, :, at]
+        layer.values[:, :, at] = values[:, :, at]
 
 
-def compared(name: str, model: Any, method: Any, windows: list[Tensor], way: str) -> dict[str, Any]:
+def by_reference_in_steps(model: Any, window: Tensor, before: Keys | None) -> Tensor:
+    """The same, by the reference, one token after the other."""
+    cache, made = DynamicCache(config=model.config), []
+    for position, token in enumerate(window[None, :-1].split(1, dim=1)):
+        if before is not None and position:
+            until = [(keys[:, :, :position], values[:, :, :position]) for keys, values in before]
+            cache = DynamicCache(until, config=model.config)
+        made.append(model(token, past_key_values=cache, use_cache=True).logits[:, 0])
+    return losses(torch.cat(made), window)
+
+
+STEPS = {"gpu": by_loop, "itself": by_reference_in_steps}
+"""The ways to a window's losses that are compared with the reference's."""
+
+
+@torch.no_grad()
+def compared(
+    name: str, model: Any, method: Any, windows: list[Tensor], way: str, *, anew: bool
+) -> dict[str, Any]:
     """A method's perplexity by the reference and another way, and by what share that is higher."""
-    reference, share = measured(model, method, windows, "reference")
-    found, found_share = measured(model, method, windows, way)
+    with dipnet.sparsify(model, method, backend="reference"):
+        known = [by_reference(model, window) for window in windows]
+        share = dipnet.usage(model).density().total
+    with dipnet.sparsify(model, method, backend="gpu" if way == "gpu" else "reference"):
+        there = [
+            STEPS[way](model, window, keys if anew else None)
+            for window, (_, keys) in zip(windows, known, strict=True)
+        ]
+        found_share = dipnet.usage(model).density().total
+    reference, found = (
+        torch.stack([each.double().mean() for each in made]).cpu()
+        for made in ([each for each, _ in known], there)
+    )
     more = found - reference
     row = {
         "model": name,
@@ -115,6 +178,8 @@ def main() -> None:
     parser.add_argument("--method", action="append", choices=METHODS, help="not all, but this")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    parser.add_argument("--weights", choices=["bf16", "int8", "int4"], help="a store's columns")
+    parser.add_argument("--context", choices=["own", "reference"], default="own")
     parser.add_argument("--itself", action="store_true", help="the reference in another order")
     args = parser.parse_args()
     if not args.itself:
@@ -122,17 +187,16 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     way, rows = "itself" if args.itself else "gpu", []
     for name in args.model or MODELS:
-        loaded = dipnet.load_model(name, device=device, dtype=args.dtype)
-        model = loaded.model
-        fitting = tokenize(loaded.tokenizer, bundled_text("calibration").content)[:CALIBRATION]
-        text = tokenize(loaded.tokenizer, bundled_text("heldout").content).to(model.device)
+        model, tokenizer = loaded(name, args.weights, args.dtype, device)
+        fitting = tokenize(tokenizer, bundled_text("calibration").content)[:CALIBRATION]
+        text = tokenize(tokenizer, bundled_text("heldout").content).to(model.device)
         windows = list(text[: args.windows * WINDOW].split(WINDOW))
-        without = set() if dipnet.describe(model).gated else GATED
-        for chosen in [each for each in args.method or METHODS if each not in without]:
+        for chosen in methods(model, args.method, args.weights):
             method = METHODS[chosen](model, fitting.to(model.device))
-            rows.append(compared(name, model, method, windows, way))
+            anew = args.context == "reference"
+            rows.append(compared(name, model, method, windows, way, anew=anew))
     if not rows:
-        raise SystemExit(f"error: no gates to prune by ({', '.join(args.method)}) in this model")
+        raise SystemExit(f"error: {', '.join(args.method)} serve no such model or weights")
     header = ["", "reference", way, "difference", "its error", "weights read", "there"]
     print_table(
         header,
@@ -151,7 +215,13 @@ def main() -> None:
     )
     worst = max(abs(row["difference"]) for row in rows)
     print(f"largest difference {worst:.4%} (at most 0.1 % wanted)")
-    result = {"dtype": args.dtype, "windows": args.windows, "window": WINDOW, "rows": rows}
+    result = {
+        "dtype": args.dtype,
+        "weights": args.weights or args.dtype,
+        "windows": args.windows,
+        "window": WINDOW,
+        "rows": rows,
+    }
     where = torch.cuda.get_device_name() if device == "cuda" else device
     print(json_line(result | {"way": way, "device": where, "largest_difference": worst}))
 

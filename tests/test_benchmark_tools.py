@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -122,25 +123,44 @@ def test_cgroup_ends_what_takes_too_long(cgroup: Any) -> None:
     assert (done.timed_out, done.stdout) == (True, "begun\n")
 
 
-def test_cuts_can_be_launched(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the table, and those that are tried on a GPU of 132 multiprocessors."""
+@pytest.fixture
+def gpu_cuts(tool: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module, for a GPU of 132 multiprocessors."""
     pytest.importorskip("triton", reason="the cuts are of Triton's kernels, too")
-    tuner = tool("tune_gpu_kernels")
-    monkeypatch.setattr(tuner, "multiprocessors", lambda: 132)
-    assert set(tuner.CLUSTERS) == set(tuner.INPUTS)
-    for product in tuner.INPUTS:
-        tried = [*tuner.candidates(product, triton=False)]
+    module = tool("gpu_cuts")
+    monkeypatch.setattr(module, "multiprocessors", lambda: 132)
+    return module
+
+
+def cuts(kernel: Any) -> Iterator[tuple[Any, Any]]:
+    """Products and their cuts: those of the table, and those that are tried."""
+    assert set(kernel.table) == set(kernel.units)
+    for product in kernel.units:
+        tried = [*kernel.candidates(product)]
         assert len(set(tried)) == len(tried) > 20
-        for tile in (tuner.CLUSTERS[product], *tried):
-            outputs = tile.words * 32 // product.bits
-            sides = tile.threads // max(32, tile.lanes)
-            shared = sides * tile.lanes * outputs + tile.lanes * outputs + 16 * product.matrices
-            assert tile.parts <= 16
-            assert tile.lanes % product.matrices == 0
-            assert tile.threads % max(32, tile.lanes) == 0
-            assert 4 * shared <= 48 << 10
-            assert tile.threads * tile.resident <= 2048
-            assert tile.reads * tile.words + outputs < 65536 // (tile.threads * tile.resident)
+        for tile in (kernel.table[product], *tried):
+            yield product, tile
+
+
+def test_cuts_of_columns_can_be_launched(gpu_cuts: Any) -> None:
+    for product, tile in cuts(gpu_cuts.KERNELS["columns"]):
+        outputs = tile.words * 32 // product.bits
+        sides = tile.threads // max(32, tile.lanes)
+        shared = sides * tile.lanes * outputs + tile.lanes * outputs + 16 * product.matrices
+        assert tile.parts <= 16
+        assert tile.lanes % product.matrices == 0
+        assert tile.threads % max(32, tile.lanes) == 0
+        assert 4 * shared <= 48 << 10
+        assert tile.threads * tile.resident <= 2048
+        assert tile.reads * tile.words + outputs < 65536 // (tile.threads * tile.resident)
+
+
+def test_cuts_of_rows_can_be_launched(gpu_cuts: Any) -> None:
+    for product, tile in cuts(gpu_cuts.KERNELS["rows"]):
+        at_once = tile.units * tile.reads * product.matrices
+        assert tile.threads % max(32, tile.lanes) == 0
+        assert tile.threads * tile.resident <= 2048
+        assert 4 * at_once < 65536 // (tile.threads * tile.resident)
 
 
 def test_random_store(tool: Any, tmp_path: Path) -> None:

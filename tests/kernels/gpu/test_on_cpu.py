@@ -11,9 +11,10 @@ from torch import Tensor
 pytest.importorskip("triton", reason="what launches the kernels knows Triton's, too")
 
 from dipnet.kernels.gpu import nvrtc, reference
-from dipnet.kernels.gpu.clusters import cluster_columns
+from dipnet.kernels.gpu.cuda_columns import cuda_columns
+from dipnet.kernels.gpu.cuda_rows import cuda_rows
 from dipnet.kernels.gpu.selection import AddNorm, select
-from dipnet.kernels.gpu.tiles import ClusterTile, Cut
+from dipnet.kernels.gpu.tiles import CudaColumns, CudaRows, Cut
 from dipnet.kernels.gpu.weights import Weight
 from dipnet.kernels.steps import Norm
 from dipnet.kernels.steps import reference as steps_reference
@@ -43,18 +44,19 @@ def weights(kind: str, units: int, width: int, dtype: torch.dtype, number: int) 
 @pytest.mark.parametrize(
     ("kind", "dtype", "width", "tile"),
     [
-        ("float", HALF, 8, ClusterTile(8, 1, 64, 2)),
-        ("float", BFLOAT, 136, ClusterTile(8, 2, 64, 4)),
-        ("float", HALF, 520, ClusterTile(32, 3, 128, 2)),
-        ("float", HALF, 600, ClusterTile(64, 4, 128, 4)),
-        ("bf16", FLOAT, 70, ClusterTile(16, 2, 32, 2)),
-        ("int8", HALF, 150, ClusterTile(8, 2, 64, 2)),
-        ("int4", BFLOAT, 300, ClusterTile(8, 3, 64, 2)),
-        ("int4", FLOAT, 130, ClusterTile(16, 2, 64, 4, words=2)),
-        ("int4", HALF, 130, ClusterTile(8, 1, 64, 2, words=1)),
+        ("float", HALF, 8, CudaColumns(8, 1, 64, 2)),
+        ("float", BFLOAT, 136, CudaColumns(8, 2, 64, 4)),
+        ("float", HALF, 520, CudaColumns(32, 3, 128, 2)),
+        ("float", HALF, 600, CudaColumns(64, 4, 128, 4)),
+        ("float", FLOAT, 76, CudaColumns(8, 3, 64, 2)),
+        ("bf16", FLOAT, 70, CudaColumns(16, 2, 32, 2)),
+        ("int8", HALF, 150, CudaColumns(8, 2, 64, 2)),
+        ("int4", BFLOAT, 300, CudaColumns(8, 3, 64, 2)),
+        ("int4", FLOAT, 130, CudaColumns(16, 2, 64, 4, words=2)),
+        ("int4", HALF, 130, CudaColumns(8, 1, 64, 2, words=1)),
     ],
 )
-def test_columns(kind: str, dtype: torch.dtype, width: int, tile: ClusterTile) -> None:
+def test_columns(kind: str, dtype: torch.dtype, width: int, tile: CudaColumns) -> None:
     units = 90
     (weight,) = weights(kind, units, width, dtype, 1)
     x, added = torch.randn(2, units).to(dtype), torch.randn(2, width).to(dtype)
@@ -64,33 +66,80 @@ def test_columns(kind: str, dtype: torch.dtype, width: int, tile: ClusterTile) -
         wanted = reference.columns_product(
             x, index, weight, given, added[0], added, compact=False, block=1
         )
-        close(cluster_columns(x, index, (weight,), tile, count=given, **named), wanted)
+        close(cuda_columns(x, index, (weight,), tile, count=given, **named), wanted)
 
 
 @pytest.mark.parametrize("compact", [False, True])
 def test_blocks_of_columns(compact: bool) -> None:
-    tile, (weight,) = ClusterTile(8, 2, 64, 2), weights("float", 48, 72, HALF, 1)
+    tile, (weight,) = CudaColumns(8, 2, 64, 2), weights("float", 48, 72, HALF, 1)
     index, count = kept(None, 12, 7), torch.tensor([5], dtype=torch.int32)
     x = torch.randn(3, 28 if compact else 48).to(HALF)
     wanted = reference.columns_product(x, index, weight, count, None, None, compact, 4)
     named: dict[str, Any] = {"count": count, "compact": compact, "block": 4}
-    close(cluster_columns(x, index, (weight,), tile, **named), wanted)
+    close(cuda_columns(x, index, (weight,), tile, **named), wanted)
 
 
 @pytest.mark.parametrize(
     ("kind", "width", "activation", "tile"),
     [
-        ("float", 200, "silu", ClusterTile(16, 2, 64, 2)),
-        ("float", 96, "gelu", ClusterTile(64, 3, 128, 4)),
-        ("int8", 100, "relu", ClusterTile(8, 1, 64, 2)),
-        ("int4", 260, "gelu_tanh", ClusterTile(8, 2, 64, 2)),
+        ("float", 200, "silu", CudaColumns(16, 2, 64, 2)),
+        ("float", 96, "gelu", CudaColumns(64, 3, 128, 4)),
+        ("int8", 100, "relu", CudaColumns(8, 1, 64, 2)),
+        ("int4", 260, "gelu_tanh", CudaColumns(8, 2, 64, 2)),
     ],
 )
-def test_gate_and_up(kind: str, width: int, activation: str, tile: ClusterTile) -> None:
+def test_gate_and_up(kind: str, width: int, activation: str, tile: CudaColumns) -> None:
     gate, up = weights(kind, 70, width, HALF, 2)
     x, index = torch.randn(2, 70).to(HALF) / 8, kept(2, 70, 33)
     wanted = reference.gated_columns(x, index, gate, up, activation, None)
-    close(cluster_columns(x, index, (gate, up), tile, activation=activation), wanted)
+    close(cuda_columns(x, index, (gate, up), tile, activation=activation), wanted)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "x_dtype", "out", "width", "tile"),
+    [
+        (HALF, HALF, HALF, 8, CudaRows(8, 64, 1, 1)),
+        (BFLOAT, BFLOAT, BFLOAT, 200, CudaRows(16, 64, 2, 2)),
+        (FLOAT, FLOAT, FLOAT, 140, CudaRows(32, 128, 4, 1)),
+        (BFLOAT, FLOAT, FLOAT, 1000, CudaRows(64, 128, 2, 4)),
+        (HALF, BFLOAT, FLOAT, 600, CudaRows(128, 256, 1, 8)),
+        (FLOAT, HALF, HALF, 36, CudaRows(4, 32, 2, 1)),
+    ],
+)
+def test_rows(
+    dtype: torch.dtype, x_dtype: torch.dtype, out: torch.dtype, width: int, tile: CudaRows
+) -> None:
+    units = 90
+    (weight,) = weights("float", units, width, dtype, 1)
+    x, bias, factor = (torch.randn(2, n).to(x_dtype) for n in (width, units, units))
+    count = torch.tensor([0, 17], dtype=torch.int32)
+    for k, given, made in ((1, None, factor), (31, count, None), (units, None, factor)):
+        index = kept(2, units, k)
+        wanted = reference.rows_product(
+            x, index, weight, given, bias[0], "relu", made, block=1, dtype=out
+        )
+        named: dict[str, Any] = {"count": given, "bias": bias[0], "factor": made}
+        close(cuda_rows(x, index, (weight,), tile, out, activation="relu", **named), wanted)
+
+
+def test_blocks_of_rows() -> None:
+    (weight,) = weights("bf16", 48, 128, HALF, 1)
+    x, index, count = torch.randn(1, 128), kept(None, 12, 7), torch.tensor([5], dtype=torch.int32)
+    wanted = reference.rows_product(
+        x, index, weight, count, None, "none", None, block=4, dtype=FLOAT
+    )
+    tile = CudaRows(16, 64, 3, 1)
+    close(cuda_rows(x, index, (weight,), tile, FLOAT, count=count, block=4), wanted)
+
+
+@pytest.mark.parametrize(
+    ("activation", "tile"), [("silu", CudaRows(64, 128, 1, 2)), ("gelu", CudaRows(8, 64, 3, 1))]
+)
+def test_rows_of_gate_and_up(activation: str, tile: CudaRows) -> None:
+    gate, up = weights("float", 70, 200, HALF, 2)
+    x, index = torch.randn(2, 200).to(HALF) / 8, kept(2, 70, 33)
+    wanted = reference.gated_rows(x, index, gate, up, activation, None)
+    close(cuda_rows(x, index, (gate, up), tile, HALF, activation=activation), wanted)
 
 
 def scores(n: int, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dipnet.errors import BackendError, InputError
 from dipnet.kernels import gpu
 from dipnet.kernels.gpu import choice, reference
-from dipnet.kernels.gpu.tiles import CLUSTERS, ColumnsTile, Product
+from dipnet.kernels.gpu.tiles import CUDA_COLUMNS, CUDA_ROWS, Product, TritonColumns
 from dipnet.kernels.gpu.weights import Weight
 from dipnet.kernels.reference import row_bytes
 from tests.kernels.gpu.device import DEVICE, launch, needs_kernels
@@ -92,9 +92,9 @@ def test_rows(batch: int | None, units: int, width: int, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("bits", [16, 4])
 def test_lists_cut_into_parts(parts: int, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    tile = ColumnsTile(16 if bits == 4 else 32, parts, 1, 2)
+    tile = TritonColumns(16 if bits == 4 else 32, parts, 1, 2)
     monkeypatch.setattr(launch, "nearest", lambda table, product: tile)
-    monkeypatch.setattr(launch, "clusters_serve", lambda *given: False)
+    monkeypatch.setattr(launch, "cuda_columns_serve", lambda *given: False)
     weight = packed("int4", 40, 70) if bits == 4 else torch.randn(40, 70)
     for k in (0, 1, 40):
         added = {"bias": torch.randn(70), "residual": torch.randn(2, 70)}
@@ -216,7 +216,7 @@ def test_nan_of_a_kept_unit_is_passed_on() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", HALVES)
+@each_dtype
 @pytest.mark.parametrize("shape", [(4096, 14336), (14336, 4096), (7168, 28673), (12288, 49152)])
 def test_large_columns(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x = torch.randn(1, shape[0], device=DEVICE, dtype=dtype)
@@ -229,15 +229,23 @@ def test_large_columns(shape: tuple[int, int], dtype: torch.dtype) -> None:
         assert torch.equal(once, again)
 
 
+def only(table: dict[Product, Any], product: Product, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let one cut of a table of the kernels in CUDA C++ be all there is."""
+    monkeypatch.setattr(launch, "nearest", lambda _, wanted: table[product])
+    for other in ("columns", "integer_columns", "shared_columns", "rows", "shared_rows"):
+        monkeypatch.setattr(launch, other, None)
+
+
 @pytest.mark.cuda
-@pytest.mark.parametrize("product", CLUSTERS)
-def test_every_cut(product: Product, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("product", CUDA_COLUMNS)
+def test_every_cut_of_columns(
+    product: Product, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Lists that end within a turn of a cut, and are shorter than one."""
-    monkeypatch.setattr(launch, "nearest", lambda table, wanted: CLUSTERS[product])
-    for other in ("columns", "integer_columns", "shared_columns"):
-        monkeypatch.setattr(launch, other, None)  # it is the clusters' kernel that serves
+    only(CUDA_COLUMNS, product, monkeypatch)
     units = 3001
-    numbers: dict[str, Any] = {"device": DEVICE, "dtype": torch.float16}
+    numbers: dict[str, Any] = {"device": DEVICE, "dtype": dtype}
     weight, up = (
         torch.randn(units, product.width, **numbers)
         if product.bits == 16
@@ -251,6 +259,41 @@ def test_every_cut(product: Product, monkeypatch: pytest.MonkeyPatch) -> None:
             check("gated_columns", x / 64, index, weight, up, "silu")
         else:
             check("columns_product", x, index, weight, bias=added[0], residual=added)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("product", CUDA_ROWS)
+def test_every_cut_of_rows(
+    product: Product, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lists that end within a block, and units that end within a turn of its threads."""
+    only(CUDA_ROWS, product, monkeypatch)
+    units, numbers = 3001, {"device": DEVICE, "dtype": dtype}
+    for width in (8, product.width + 8):
+        weight, up = (torch.randn(units, width, **numbers) for _ in range(2))
+        x, bias = torch.randn(2, width, **numbers), torch.randn(units, **numbers)
+        for k in (1, 1300, units):
+            index = kept(2, units, k).to(DEVICE)
+            if product.matrices == 2:
+                check("gated_rows", x / 64, index, weight, up, "silu")
+            else:
+                check("rows_product", x, index, weight, bias=bias, activation="relu")
+
+
+@pytest.mark.cuda
+@each_dtype
+@pytest.mark.parametrize("shape", [(4096, 14336), (14336, 4096), (1000, 28672), (7167, 1001)])
+def test_large_rows(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    width, units = shape
+    x = torch.randn(1, width, device=DEVICE, dtype=dtype)
+    weight = torch.randn(units, width, device=DEVICE, dtype=dtype)
+    factor = torch.randn(1, units, device=DEVICE, dtype=dtype)
+    for share in (0.001, 0.1, 0.5, 1):
+        index = kept(1, units, round(share * units)).to(DEVICE)
+        check("rows_product", x, index, weight, factor=factor)
+        once, again = (gpu.rows_product(x, index, weight, backend="gpu") for _ in range(2))
+        assert torch.equal(once, again)
 
 
 @pytest.mark.cuda

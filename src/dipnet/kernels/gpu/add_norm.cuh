@@ -2,15 +2,7 @@
 // to it, normalised by its root mean square, rounded to Score wherever _add_norm of steps/norms.py
 // rounds. Every thread keeps the scores that it makes. The sums' order is this kernel's own.
 
-__device__ Score rounded(float value) {
-#if KIND == 2
-    return value;
-#elif KIND == 1
-    return to_bfloat(value);
-#else
-    return to_half(value);
-#endif
-}
+__device__ Score rounded(float value) { return rounded<KIND>(value); }
 
 __device__ float sum_in_warp(float value) {
     for (u32 step = 16; step; step /= 2) value += __shfl_xor_sync(ALL, value, step);

@@ -1,29 +1,25 @@
 // Products of kept input channels by clusters of thread blocks. Compiled at run time, one variant a
 // call's kind.
 //
-// Macros: KIND of the weights: 0 float16, 1 bfloat16, 2 int8, 3 int4; X of x, bias, residual and out:
-// 0 float16, 1 bfloat16, 2 float32; MATRICES 1, or 2 for gate and up; COMPACT 0 or 1; BLOCK units of
-// an index; ACTIVATION 0 none, 1 relu, 2 silu, 3 gelu, 4 gelu_tanh; THREADS of a block, LANES of them
-// side by side in a unit (of gate one half, of up the other), PARTS of the list, one for each block of
-// a cluster; RESIDENT blocks that a multiprocessor holds at least; WORDS of 4 bytes that a thread reads
-// of a unit, READS units that it asks for before it multiplies the first.
+// Macros: KIND of the weights: as in numbers.cuh, 3 int8, 4 int4; X of x, bias, residual and out;
+// MATRICES 1, or 2 for gate and up; COMPACT 0 or 1; BLOCK units of an index; ACTIVATION, the FUNCTION
+// of numbers.cuh; THREADS of a block, LANES of them side by side in a unit (of gate one half, of up
+// the other), PARTS of the list, one for each block of a cluster; RESIDENT blocks that a multiprocessor
+// holds at least; WORDS of 4 bytes that a thread reads of a unit, READS units that it asks for before
+// it multiplies the first.
 //
 // RESIDENT says how many registers there are for that: left to itself the compiler saves registers,
 // and multiplies before all reads are on their way. Sums stay in registers. Those of a block's threads
 // meet in its shared memory; then every block of a cluster is given all blocks' sums of some outputs,
 // and adds them in the blocks' order: always the same numbers.
 
-#include "ptx.cuh"
+#include "numbers.cuh"
 
-#if X == 2
-typedef float Number;
-#else
-typedef u16 Number;
-#endif
+typedef Stored<X>::Number Number;
 
-#define INTEGERS (KIND >= 2)
-#define PIECES (KIND == 3 ? 8 : KIND == 2 ? 4 : 2)  // weights of a word
-#define STEPS (KIND == 3 ? WORDS : (WORDS + 1) / 2)  // multipliers of the words that are read at once
+#define INTEGERS (KIND >= 3)
+#define PIECES (KIND == 4 ? 8 : KIND == 3 ? 4 : KIND == 2 ? 1 : 2)  // weights of a word
+#define STEPS (KIND == 4 ? WORDS : (WORDS + 1) / 2)  // multipliers of the words that are read at once
 #define OUTPUTS (WORDS * PIECES)
 #define COLUMNS (LANES * OUTPUTS)  // of a cluster, of all matrices
 #define MADE (COLUMNS / MATRICES)  // outputs of a cluster
@@ -39,39 +35,10 @@ typedef u16 Number;
 #define CLUSTER
 #endif
 
-__device__ float number(const Number* at) {
-#if X == 2
-    return *at;
-#elif X == 1
-    return __uint_as_float((u32)*at << 16);
-#else
-    return of_half(*at);
-#endif
-}
-
-__device__ void write(Number* at, float value) {
-#if X == 2
-    *at = value;
-#elif X == 1
-    *at = to_bfloat(value);
-#else
-    *at = to_half(value);
-#endif
-}
-
-__device__ float read_number(const Number* at, bool valid) {
-#if X == 2
-    return __uint_as_float(read_word(at, valid));
-#else
-    const Number read = read_short(at, valid);
-    return number(&read);
-#endif
-}
-
 // A level's bits as those of a float: 1 + level / 16 of int4, 2^23 + level of int8; the latter's
 // distance from 0 is taken off at once, or the sums would lose what it is larger.
 __device__ float level(u32 word, u32 piece) {
-#if KIND == 3
+#if KIND == 4
     const u32 up = piece < 5 ? word << (19 - 4 * piece) : word >> (4 * piece - 19);
     return __uint_as_float((up & 0x780000u) | 0x3f800000u);
 #else
@@ -82,29 +49,26 @@ __device__ float level(u32 word, u32 piece) {
 // Add `value` times the weights of some words; `steps` are the multipliers of integers. Of int4, 16
 // times the totals are 24 times `surplus` too high.
 __device__ void add(float* totals, float* surplus, const u32* words, u32 steps, float value) {
+#if !INTEGERS
+#pragma unroll
+    for (u32 i = 0; i < OUTPUTS; i++) totals[i] += value * number_in<KIND>(words, i);
+#else
 #pragma unroll
     for (u32 i = 0; i < WORDS; i++) {
-#if KIND == 0
-        totals[2 * i] += value * of_half(words[i] & 0xffffu);
-        totals[2 * i + 1] += value * of_half(words[i] >> 16);
-#elif KIND == 1
-        totals[2 * i] += value * __uint_as_float(words[i] << 16);
-        totals[2 * i + 1] += value * __uint_as_float(words[i] & 0xffff0000u);
-#else
-        const u32 of = KIND == 3 ? i : i / 2;
+        const u32 of = KIND == 4 ? i : i / 2;
         const float step = value * (float)(signed char)(steps >> of * 8 & 0xffu);
 #pragma unroll
         for (u32 piece = 0; piece < PIECES; piece++)
             totals[i * PIECES + piece] += step * level(words[i], piece);
-        if (KIND == 3) surplus[i] += step;
-#endif
+        if (KIND == 4) surplus[i] += step;
     }
+#endif
 }
 
 // The multipliers of the words that are a unit's `vector`-th.
 __device__ u32 read_steps(const unsigned char* multipliers, u32 vector, bool valid) {
     const u32 word = vector * WORDS;
-    multipliers += KIND == 3 ? word / 16 * 4 + word % 4 : word / 16 * 2 + word % 4 / 2;
+    multipliers += KIND == 4 ? word / 16 * 4 + word % 4 : word / 16 * 2 + word % 4 / 2;
     if (STEPS == 4) return read_word(multipliers, valid);
     return STEPS == 2 ? read_short(multipliers, valid) : read_byte(multipliers, valid);
 }
@@ -113,20 +77,9 @@ __device__ u32 read_steps(const unsigned char* multipliers, u32 vector, bool val
 __device__ u32 place(u32 vector, u32 at) {
     const u32 word = vector * WORDS + at / PIECES, piece = at % PIECES;
     const u32 quad = word % 4, lane = word / 4 % 4;
-    if (KIND == 3) return word / 16 * 128 + quad * 32 + lane * 4 + piece / 2 + piece % 2 * 16;
-    if (KIND == 2) return word / 16 * 64 + quad * 16 + lane * 4 + piece;
-    return word * 2 + piece;
-}
-
-__device__ float activated(float value) {
-    if (ACTIVATION == 1) return value < 0 ? 0 : value;
-    if (ACTIVATION == 2) return value / (1 + expf(-value));
-    if (ACTIVATION == 3) return 0.5f * value * (1 + erff(value * 0.7071067811865476f));
-    if (ACTIVATION == 4) {
-        float inner = 0.7978845608028654f * (value + 0.044715f * value * value * value);
-        return value / (1 + expf(-2 * inner));
-    }
-    return value;
+    if (KIND == 4) return word / 16 * 128 + quad * 32 + lane * 4 + piece / 2 + piece % 2 * 16;
+    if (KIND == 3) return word / 16 * 64 + quad * 16 + lane * 4 + piece;
+    return word * PIECES + piece;
 }
 
 // Say that this block has begun, and wait until all of the cluster have: from then on one may write
@@ -215,7 +168,7 @@ multiply_columns(const Number* x, const int* index, const int* count, const unsi
             const int at = start + side + i * SIDES;
             const bool valid = at < own_end;
             const unsigned char* unit = weight + (size_t)units[i] * weight_stride;
-            values[i] = read_number(x + (COMPACT ? at : units[i]), valid);
+            values[i] = read_number<X>(x + (COMPACT ? at : units[i]), valid);
             read_once(unit + vector * WORDS * 4, valid, words[i]);
 #if INTEGERS
             steps[i] = read_steps(unit + first, vector, valid);
@@ -227,7 +180,7 @@ multiply_columns(const Number* x, const int* index, const int* count, const unsi
         for (u32 i = 0; i < READS; i++) add(totals, surplus, words[i], steps[i], values[i]);
     }
 
-    if (KIND == 3)
+    if (KIND == 4)
         for (u32 i = 0; i < OUTPUTS; i++) totals[i] = 16 * totals[i] - 24 * surplus[i / PIECES];
     wait_begun();
     share_sums(totals, partial, sums, part);
@@ -243,11 +196,11 @@ multiply_columns(const Number* x, const int* index, const int* count, const unsi
             total += sums[0][block][own];
             if (MATRICES == 2) raised += sums[MATRICES - 1][block][own];
         }
-        if (bias) total += number(bias + output);
-        total = activated(total);
+        if (bias) total += number<X>(bias[output]);
+        total = activated<ACTIVATION>(total);
         if (MATRICES == 2) total *= raised;
         const size_t at = (size_t)row * width + output;
-        if (residual) total += number(residual + at);
-        write(out + at, total);
+        if (residual) total += number<X>(residual[at]);
+        out[at] = rounded<X>(total);
     }
 }

@@ -19,7 +19,7 @@ from dipnet.kernels.gpu.common import (
     valid_units,
 )
 from dipnet.kernels.gpu.sums import sums_of_parts, write_columns
-from dipnet.kernels.gpu.tiles import ColumnsTile
+from dipnet.kernels.gpu.tiles import TritonColumns
 
 
 def columns(
@@ -27,7 +27,7 @@ def columns(
     index: Tensor,
     weights: tuple[Tensor, ...],
     width: int,
-    tile: ColumnsTile,
+    tile: TritonColumns,
     *,
     count: Tensor | None = None,
     bias: Tensor | None = None,

@@ -21,7 +21,7 @@ from dipnet.kernels.gpu.common import (
     valid_units,
 )
 from dipnet.kernels.gpu.sums import sums_of_parts, write_columns
-from dipnet.kernels.gpu.tiles import ColumnsTile, Tile
+from dipnet.kernels.gpu.tiles import TritonColumns, TritonRows
 from dipnet.kernels.gpu.weights import Weight
 from dipnet.kernels.reference import TILE
 
@@ -32,7 +32,7 @@ def integer_columns(
     x: Tensor,
     index: Tensor,
     weights: tuple[Weight, ...],
-    tile: ColumnsTile,
+    tile: TritonColumns,
     *,
     count: Tensor | None = None,
     bias: Tensor | None = None,
@@ -82,7 +82,7 @@ def integer_rows(
     x: Tensor,
     index: Tensor,
     weights: tuple[Weight, ...],
-    tile: Tile,
+    tile: TritonRows,
     *,
     count: Tensor | None = None,
     bias: Tensor | None = None,

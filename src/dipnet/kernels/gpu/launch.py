@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dipnet.kernels.gpu.clusters import cluster_columns, clusters_serve
 from dipnet.kernels.gpu.columns import columns
 from dipnet.kernels.gpu.common import INTERPRETED
+from dipnet.kernels.gpu.cuda_columns import cuda_columns, cuda_columns_serve
+from dipnet.kernels.gpu.cuda_rows import cuda_rows, cuda_rows_serve
 from dipnet.kernels.gpu.integers import integer_columns, integer_rows
 from dipnet.kernels.gpu.rows import rows
 from dipnet.kernels.gpu.selection import (
@@ -21,7 +22,14 @@ from dipnet.kernels.gpu.selection import (
     union_indices,
 )
 from dipnet.kernels.gpu.shared import shared_columns, shared_rows
-from dipnet.kernels.gpu.tiles import CLUSTERS, COLUMNS, ROWS, Product, nearest
+from dipnet.kernels.gpu.tiles import (
+    CUDA_COLUMNS,
+    CUDA_ROWS,
+    TRITON_COLUMNS,
+    TRITON_ROWS,
+    Product,
+    nearest,
+)
 from dipnet.kernels.gpu.weights import Weight
 
 __all__ = [
@@ -89,16 +97,14 @@ def _columns(x: Tensor, index: Tensor, weights: tuple[Weight, ...], **named: Any
     if kept == 0:  # nothing is read, but something may be added
         index, named["count"] = _nothing(index)
     product = Product(len(weights), weight.bits, weight.width, kept)
-    shared = index.dim() == 1 and len(x) > 1 and weight.scales is None
-    if not shared and clusters_serve(x, weights, named.get("bias"), named.get("residual")):
-        return cluster_columns(x, index, weights, nearest(CLUSTERS, product), **named)
-    tile = nearest(COLUMNS, product)
-    if weight.kind in ("int4", "int8"):
+    if index.dim() == 1 and len(x) > 1 and weight.scales is None:
+        return shared_columns(x, index, _numbers(weights), weight.width, **named)
+    if cuda_columns_serve(x, weights, named.get("bias"), named.get("residual")):
+        return cuda_columns(x, index, weights, nearest(CUDA_COLUMNS, product), **named)
+    tile = nearest(TRITON_COLUMNS, product)
+    if weight.scales is not None:
         return integer_columns(x, index, weights, tile, **named)
-    matrices = tuple(weight.numbers for weight in weights)
-    if shared:
-        return shared_columns(x, index, matrices, weight.width, **named)
-    return columns(x, index, matrices, weight.width, tile, **named)
+    return columns(x, index, _numbers(weights), weight.width, tile, **named)
 
 
 def _rows(
@@ -107,13 +113,19 @@ def _rows(
     weight, kept = weights[0], index.shape[-1] * named.get("block", 1)
     if kept == 0:
         return x.new_empty(len(x), 0, dtype=dtype)
-    tile = nearest(ROWS, Product(len(weights), weight.bits, weight.width, kept))
-    if weight.kind in ("int4", "int8"):
+    product = Product(len(weights), weight.bits, weight.width, kept)
+    if index.dim() == 1 and len(x) > 1 and weight.scales is None:
+        return shared_rows(x.to(dtype), index, _numbers(weights), weight.width, **named)
+    if cuda_rows_serve(x, weights, named.get("bias"), named.get("factor")):
+        return cuda_rows(x, index, weights, nearest(CUDA_ROWS, product), dtype, **named)
+    tile = nearest(TRITON_ROWS, product)
+    if weight.scales is not None:
         return integer_rows(x.to(dtype), index, weights, tile, **named)
-    matrices = tuple(weight.numbers for weight in weights)
-    if index.dim() == 1 and len(x) > 1:
-        return shared_rows(x.to(dtype), index, matrices, weight.width, **named)
-    return rows(x, index, matrices, weight.width, tile, dtype, **named)
+    return rows(x, index, _numbers(weights), weight.width, tile, dtype, **named)
+
+
+def _numbers(weights: tuple[Weight, ...]) -> tuple[Tensor, ...]:
+    return tuple(weight.numbers for weight in weights)
 
 
 def _nothing(index: Tensor) -> tuple[Tensor, Tensor]:

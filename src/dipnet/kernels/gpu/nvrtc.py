@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dipnet.errors import BackendError
+from dipnet.kernels.gpu.common import HOPPER, INTERPRETED
 
 try:
     from cuda.bindings import driver, nvrtc
@@ -19,9 +20,12 @@ except ImportError:
     driver = nvrtc = None
 
 
-def available() -> bool:
-    """Whether CUDA C++ can be compiled and launched from here."""
-    return driver is not None
+@cache
+def serves(device: torch.device) -> bool:
+    """Whether the kernels in CUDA C++ can be compiled for a device, and launched from here."""
+    if INTERPRETED or driver is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= HOPPER
 
 
 @cache

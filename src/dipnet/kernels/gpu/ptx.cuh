@@ -93,6 +93,22 @@ __device__ void read_once(const unsigned char* at, bool valid, u32 (&words)[1]) 
         : "=&r"(words[0]) : "l"(at), "r"((u32)valid));
 }
 
+// What other blocks read too: it may stay in the first cache.
+__device__ void read_often(const void* at, bool valid, u32 (&words)[4]) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0;"
+        " mov.u32 %3, 0; @p ld.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+        : "=&r"(words[0]), "=&r"(words[1]), "=&r"(words[2]), "=&r"(words[3])
+        : "l"(at), "r"((u32)valid));
+}
+
+__device__ void read_often(const void* at, bool valid, u32 (&words)[2]) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.u32 p, %3, 0; mov.u32 %0, 0; mov.u32 %1, 0;"
+        " @p ld.global.v2.u32 {%0, %1}, [%2]; }"
+        : "=&r"(words[0]), "=&r"(words[1]) : "l"(at), "r"((u32)valid));
+}
+
 __device__ u32 read_word(const void* at, bool valid) {
     u32 read;
     asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0; @p ld.global.u32 %0, [%1]; }"

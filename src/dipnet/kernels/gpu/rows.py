@@ -18,7 +18,7 @@ from dipnet.kernels.gpu.common import (
     units_at,
     valid_units,
 )
-from dipnet.kernels.gpu.tiles import Tile
+from dipnet.kernels.gpu.tiles import TritonRows
 
 
 def rows(
@@ -26,7 +26,7 @@ def rows(
     index: Tensor,
     weights: tuple[Tensor, ...],
     width: int,
-    tile: Tile,
+    tile: TritonRows,
     dtype: torch.dtype,
     *,
     count: Tensor | None = None,

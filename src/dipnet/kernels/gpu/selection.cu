@@ -2,7 +2,7 @@
 // threshold; indices in ascending order, a mask, or the scores times the mask. Compiled at run time,
 // one variant a call's kind.
 //
-// Macros: KIND 0 float16, 1 bfloat16, 2 float32; MAGNITUDE, FACTOR, ABOVE, MASK, KEPT, VECTOR, NORM
+// Macros: KIND of the scores (numbers.cuh); MAGNITUDE, FACTOR, ABOVE, MASK, KEPT, VECTOR, NORM
 // (the scores are made here: add_norm.cuh) 0 or 1; BLOCKS of the cluster, THREADS of a block, EACH
 // scores of a thread.
 //
@@ -12,7 +12,7 @@
 // Counts are integers: their order does not matter. Thread t of block b holds EACH neighbouring
 // scores, so that places follow from counts of what lies before.
 
-#include "ptx.cuh"
+#include "numbers.cuh"
 
 #if KIND == 2 || FACTOR
 #define WIDE 1
@@ -33,11 +33,7 @@
 #define SPREAD (BLOCKS > 8)  // each block sums some of the bins: fewer writes than to all, reads later
 #define ALL 0xffffffffu
 
-#if KIND == 2
-typedef float Score;
-#else
-typedef u16 Score;
-#endif
+typedef Stored<KIND>::Number Score;
 
 #if BLOCKS > 1
 #define CLUSTER __cluster_dims__(BLOCKS, 1, 1)
@@ -54,15 +50,7 @@ __device__ void wait() {
     if (BLOCKS > 1) wait_in_cluster();
 }
 
-__device__ float number(Score score) {
-#if KIND == 2
-    return score;
-#elif KIND == 1
-    return __uint_as_float((u32)score << 16);
-#else
-    return of_half(score);
-#endif
-}
+__device__ float number(Score score) { return number<KIND>(score); }
 
 // All NaN have one key, the highest; both zeros have one.
 __device__ u32 key_of_float(float value) {

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from dipnet.kernels.gpu import compaction, nvrtc
-from dipnet.kernels.gpu.common import HOPPER, INTERPRETED
 from dipnet.kernels.gpu.tiles import Cut, cut_of
+from dipnet.kernels.gpu.weights import FLOATS
 
 SOURCE, KERNEL = "selection.cu", "select_units"
-KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
 class AddNorm(NamedTuple):
@@ -32,7 +31,7 @@ def topk_indices(scores: Tensor, k: int, magnitude: bool, factor: Tensor | None)
     """(batch, n) floating -> (batch, k) int32, ascending."""
     if not (k and len(scores)):
         return scores.new_empty(len(scores), k, dtype=torch.int32)
-    if not clusters_select(scores):
+    if not nvrtc.serves(scores.device):
         return compaction.select_topk(scores, k, magnitude, factor, into="index")
     index = scores.new_empty(len(scores), k, dtype=torch.int32)
     select(cut_of(scores.shape[1]), scores, magnitude, factor=factor, index=index, k=k)
@@ -43,7 +42,7 @@ def topk_mask(scores: Tensor, k: int, magnitude: bool, factor: Tensor | None) ->
     """(batch, n) floating -> (batch, n) bool."""
     if k == 0 or scores.numel() == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    if not clusters_select(scores):
+    if not nvrtc.serves(scores.device):
         return compaction.select_topk(scores, k, magnitude, factor, into="mask")
     mask = scores.new_empty(scores.shape, dtype=torch.bool)
     select(cut_of(scores.shape[1]), scores, magnitude, factor=factor, mask=mask, k=k)
@@ -54,7 +53,7 @@ def keep_topk(x: Tensor, k: int, factor: Tensor | None) -> Tensor:
     """(batch, n) floating -> the same times the mask of its k highest magnitudes."""
     if k == 0 or x.numel() == 0:
         return x * 0
-    if not clusters_select(x):
+    if not nvrtc.serves(x.device):
         return compaction.select_topk(x, k, True, factor, into="kept")
     kept = torch.empty_like(x, memory_format=torch.contiguous_format)
     select(cut_of(x.shape[1]), x, True, factor=factor, kept=kept, k=k)
@@ -63,7 +62,7 @@ def keep_topk(x: Tensor, k: int, factor: Tensor | None) -> Tensor:
 
 def threshold_indices(x: Tensor, threshold: Tensor, magnitude: bool) -> tuple[Tensor, Tensor]:
     """(batch, n) and (1,) -> (batch, n) int32, ascending, and the (batch,) int32 valid ones."""
-    if x.numel() == 0 or not clusters_select(x):
+    if x.numel() == 0 or not nvrtc.serves(x.device):
         return compaction.select_above(x, threshold, magnitude, into="index")
     index = x.new_empty(x.shape, dtype=torch.int32)
     count = x.new_empty(len(x), dtype=torch.int32)
@@ -74,7 +73,7 @@ def threshold_indices(x: Tensor, threshold: Tensor, magnitude: bool) -> tuple[Te
 
 def keep_above(x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     """(batch, n) and (1,) -> the same times the mask of what is above, (batch,) int32 counts."""
-    if x.numel() == 0 or not clusters_select(x):
+    if x.numel() == 0 or not nvrtc.serves(x.device):
         return compaction.select_above(x, threshold, True, into="kept")
     kept = torch.empty_like(x, memory_format=torch.contiguous_format)
     count = x.new_empty(len(x), dtype=torch.int32)
@@ -85,13 +84,6 @@ def keep_above(x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
 def union_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
     """(batch, n) bool -> (n,) int32, ascending, and the (1,) int32 valid ones."""
     return compaction.select_union(mask)
-
-
-def clusters_select(scores: Tensor) -> bool:
-    """Whether `select` can be launched where these are."""
-    if INTERPRETED or not nvrtc.available():
-        return False
-    return torch.cuda.get_device_capability(scores.device) >= HOPPER
 
 
 def select(
@@ -114,7 +106,7 @@ def select(
     read = [scores, *(part for part in add_norm or () if isinstance(part, Tensor))]
     aligned = n % cut.each == 0 and all(part.data_ptr() % 16 == 0 for part in read)
     macros = {
-        "KIND": KINDS[scores.dtype],
+        "KIND": FLOATS.index(scores.dtype),
         "MAGNITUDE": magnitude,
         "FACTOR": factor is not None,
         "ABOVE": threshold is not None,

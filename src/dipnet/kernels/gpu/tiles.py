@@ -1,7 +1,7 @@
 """How a product is cut into programs, from measurements on an H200.
 
-`benchmarks/tune_gpu_kernels.py` tries cuts, and prints the tables of columns: those of clusters, or
-with --triton those of Triton's programs. For the layers of Llama-3-8B (DIP) and OPT-30B (Deja Vu)
+`benchmarks/tune_gpu_kernels.py` tries cuts, and prints the tables of the kernels in CUDA C++, or
+with --triton that of Triton's columns. For the layers of Llama-3-8B (DIP) and OPT-30B (Deja Vu)
 the table has the cuts with which, of those tried, the decode loop was fastest: there other kernels
 run before a product and beside it. What is in no table is cut as the product that is nearest: in
 weights of a unit, and in kept units.
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, TypeVar
 
 
-class Tile(NamedTuple):
+class TritonRows(NamedTuple):
     """How a product of output rows is cut: units of a program, weights of a unit at a time, warps
     of a program.
     """
@@ -24,7 +24,7 @@ class Tile(NamedTuple):
     warps: int
 
 
-class ColumnsTile(NamedTuple):
+class TritonColumns(NamedTuple):
     """How a product of input channels is cut: outputs of a program (words of them, of integers),
     parts that the list is cut into, warps of a program, and units that a thread reads at a time.
     """
@@ -39,7 +39,7 @@ class ColumnsTile(NamedTuple):
         return max(1, self.warps * 32 * (16 // size) // self.weights)
 
 
-class ClusterTile(NamedTuple):
+class CudaColumns(NamedTuple):
     """How a cluster of thread blocks cuts a product of input channels (columns.cu): threads side by
     side in a unit (of gate one half, of up the other), parts of the list, threads of a block, units
     that a thread reads at a time, blocks that a multiprocessor holds at least, and words of 4 bytes
@@ -52,6 +52,19 @@ class ClusterTile(NamedTuple):
     reads: int
     resident: int = 1
     words: int = 4
+
+
+class CudaRows(NamedTuple):
+    """How a product of output rows is cut (rows.cu): threads side by side in a unit, threads of a
+    block, units that a thread reads side by side, runs of 16 bytes that it reads of each at a time,
+    and blocks that a multiprocessor holds at least.
+    """
+
+    lanes: int
+    threads: int
+    units: int
+    reads: int
+    resident: int = 1
 
 
 class Cut(NamedTuple):
@@ -86,71 +99,101 @@ class Product(NamedTuple):
     kept: int
 
 
-COLUMNS = {
-    Product(1, 16, 14336, 2048): ColumnsTile(64, 1, 8, 8),
-    Product(1, 16, 14336, 410): ColumnsTile(32, 1, 8, 4),
-    Product(1, 16, 4096, 7168): ColumnsTile(64, 4, 8, 8),
-    Product(1, 16, 4096, 3584): ColumnsTile(64, 8, 4, 8),
-    Product(1, 16, 4096, 1434): ColumnsTile(32, 1, 16, 4),
-    Product(1, 16, 49152, 6144): ColumnsTile(64, 1, 8, 8),
-    Product(1, 16, 49152, 1229): ColumnsTile(256, 2, 4, 8),
-    Product(1, 16, 12288, 24576): ColumnsTile(64, 8, 4, 8),
-    Product(1, 16, 12288, 4915): ColumnsTile(64, 2, 4, 8),
-    Product(2, 16, 14336, 2048): ColumnsTile(64, 1, 8, 4),
-    Product(2, 16, 14336, 410): ColumnsTile(64, 1, 4, 4),
-    Product(1, 8, 14336, 2048): ColumnsTile(16, 2, 8, 2),
-    Product(1, 8, 4096, 7168): ColumnsTile(16, 8, 8, 2),
-    Product(1, 4, 14336, 2048): ColumnsTile(16, 4, 8, 2),
-    Product(1, 4, 4096, 7168): ColumnsTile(16, 8, 8, 2),
+TRITON_COLUMNS = {
+    Product(1, 16, 14336, 2048): TritonColumns(64, 1, 8, 8),
+    Product(1, 16, 14336, 410): TritonColumns(32, 1, 8, 4),
+    Product(1, 16, 4096, 7168): TritonColumns(64, 4, 8, 8),
+    Product(1, 16, 4096, 3584): TritonColumns(64, 8, 4, 8),
+    Product(1, 16, 4096, 1434): TritonColumns(32, 1, 16, 4),
+    Product(1, 16, 49152, 6144): TritonColumns(64, 1, 8, 8),
+    Product(1, 16, 49152, 1229): TritonColumns(256, 2, 4, 8),
+    Product(1, 16, 12288, 24576): TritonColumns(64, 8, 4, 8),
+    Product(1, 16, 12288, 4915): TritonColumns(64, 2, 4, 8),
+    Product(2, 16, 14336, 2048): TritonColumns(64, 1, 8, 4),
+    Product(2, 16, 14336, 410): TritonColumns(64, 1, 4, 4),
+    Product(1, 8, 14336, 2048): TritonColumns(16, 2, 8, 2),
+    Product(1, 8, 4096, 7168): TritonColumns(16, 8, 8, 2),
+    Product(1, 4, 14336, 2048): TritonColumns(16, 4, 8, 2),
+    Product(1, 4, 4096, 7168): TritonColumns(16, 8, 8, 2),
 }
-CLUSTERS = {
-    Product(1, 16, 14336, 2048): ClusterTile(32, 8, 256, 4, 4),
-    Product(1, 16, 14336, 410): ClusterTile(16, 1, 1024, 4, 1),
-    Product(1, 16, 4096, 7168): ClusterTile(8, 2, 1024, 4, 1),
-    Product(1, 16, 4096, 3584): ClusterTile(8, 2, 1024, 2, 1),
-    Product(1, 16, 4096, 1434): ClusterTile(8, 2, 512, 4, 2),
-    Product(1, 16, 4096, 2048): ClusterTile(16, 16, 256, 2, 4),
-    Product(1, 16, 6144, 2048): ClusterTile(16, 16, 128, 4, 8),
-    Product(1, 16, 7168, 2867): ClusterTile(16, 8, 128, 4, 10),
-    Product(1, 16, 7168, 3584): ClusterTile(16, 8, 128, 4, 10),
-    Product(1, 16, 17920, 2560): ClusterTile(32, 8, 256, 2, 4),
-    Product(1, 16, 17920, 512): ClusterTile(8, 1, 256, 4, 5),
-    Product(1, 16, 28672, 3584): ClusterTile(8, 1, 128, 8, 6),
-    Product(1, 16, 28672, 717): ClusterTile(8, 1, 128, 8, 6),
-    Product(1, 16, 49152, 6144): ClusterTile(16, 1, 256, 8, 3),
-    Product(1, 16, 49152, 3072): ClusterTile(16, 1, 512, 2, 2),
-    Product(1, 16, 49152, 1229): ClusterTile(16, 2, 256, 2, 6),
-    Product(1, 16, 12288, 24576): ClusterTile(8, 2, 512, 2, 3),
-    Product(1, 16, 12288, 12288): ClusterTile(8, 2, 512, 2, 3),
-    Product(1, 16, 12288, 4915): ClusterTile(8, 2, 512, 2, 3),
-    Product(1, 16, 5120, 8960): ClusterTile(16, 8, 512, 2, 3),
-    Product(1, 16, 5120, 2560): ClusterTile(16, 8, 512, 2, 3),
-    Product(1, 16, 2048, 4096): ClusterTile(8, 16, 256, 2, 4),
-    Product(1, 16, 2048, 1024): ClusterTile(8, 8, 128, 8, 6),
-    Product(2, 16, 14336, 2048): ClusterTile(64, 4, 512, 4, 2),
-    Product(2, 16, 14336, 410): ClusterTile(32, 4, 256, 2, 4),
-    Product(2, 16, 8192, 1024): ClusterTile(16, 1, 1024, 4, 1),
-    Product(1, 8, 14336, 2048): ClusterTile(32, 8, 256, 8),
-    Product(1, 8, 4096, 7168): ClusterTile(8, 16, 128, 4),
-    Product(2, 8, 14336, 2048): ClusterTile(64, 4, 512, 8),
-    Product(1, 4, 14336, 2048): ClusterTile(16, 8, 256, 4),
-    Product(2, 4, 14336, 2048): ClusterTile(64, 16, 256, 4),
-    Product(1, 4, 4096, 7168): ClusterTile(8, 2, 1024, 4, words=1),
+CUDA_COLUMNS = {
+    Product(1, 16, 14336, 2048): CudaColumns(32, 8, 256, 4, 4),
+    Product(1, 16, 14336, 410): CudaColumns(16, 1, 1024, 4, 1),
+    Product(1, 16, 4096, 7168): CudaColumns(8, 2, 1024, 4, 1),
+    Product(1, 16, 4096, 3584): CudaColumns(8, 2, 1024, 2, 1),
+    Product(1, 16, 4096, 1434): CudaColumns(8, 2, 512, 4, 2),
+    Product(1, 16, 4096, 2048): CudaColumns(16, 16, 256, 2, 4),
+    Product(1, 16, 6144, 2048): CudaColumns(16, 16, 128, 4, 8),
+    Product(1, 16, 7168, 2867): CudaColumns(16, 8, 128, 4, 10),
+    Product(1, 16, 7168, 3584): CudaColumns(16, 8, 128, 4, 10),
+    Product(1, 16, 17920, 2560): CudaColumns(32, 8, 256, 2, 4),
+    Product(1, 16, 17920, 512): CudaColumns(8, 1, 256, 4, 5),
+    Product(1, 16, 28672, 3584): CudaColumns(8, 1, 128, 8, 6),
+    Product(1, 16, 28672, 717): CudaColumns(8, 1, 128, 8, 6),
+    Product(1, 16, 49152, 6144): CudaColumns(16, 1, 256, 8, 3),
+    Product(1, 16, 49152, 3072): CudaColumns(16, 1, 512, 2, 2),
+    Product(1, 16, 49152, 1229): CudaColumns(16, 2, 256, 2, 6),
+    Product(1, 16, 12288, 24576): CudaColumns(8, 2, 512, 2, 3),
+    Product(1, 16, 12288, 12288): CudaColumns(8, 2, 512, 2, 3),
+    Product(1, 16, 12288, 4915): CudaColumns(8, 2, 512, 2, 3),
+    Product(1, 16, 5120, 8960): CudaColumns(16, 8, 512, 2, 3),
+    Product(1, 16, 5120, 2560): CudaColumns(16, 8, 512, 2, 3),
+    Product(1, 16, 2048, 4096): CudaColumns(8, 16, 256, 2, 4),
+    Product(1, 16, 2048, 1024): CudaColumns(8, 8, 128, 8, 6),
+    Product(2, 16, 14336, 2048): CudaColumns(64, 4, 512, 4, 2),
+    Product(2, 16, 14336, 410): CudaColumns(32, 4, 256, 2, 4),
+    Product(2, 16, 8192, 1024): CudaColumns(16, 1, 1024, 4, 1),
+    Product(1, 8, 14336, 2048): CudaColumns(32, 8, 256, 8),
+    Product(1, 8, 4096, 7168): CudaColumns(8, 16, 128, 4),
+    Product(2, 8, 14336, 2048): CudaColumns(64, 4, 512, 8),
+    Product(1, 4, 14336, 2048): CudaColumns(16, 8, 256, 4),
+    Product(2, 4, 14336, 2048): CudaColumns(64, 16, 256, 4),
+    Product(1, 4, 4096, 7168): CudaColumns(8, 2, 1024, 4, words=1),
 }
-ROWS = {
-    Product(1, 16, 4096, 7168): Tile(8, 512, 4),
-    Product(1, 16, 4096, 1434): Tile(2, 4096, 8),
-    Product(2, 16, 4096, 7168): Tile(4, 256, 2),
-    Product(2, 16, 4096, 1434): Tile(1, 1024, 4),
-    Product(1, 8, 4096, 7168): Tile(8, 64, 4),
-    Product(1, 4, 4096, 7168): Tile(8, 64, 4),
+TRITON_ROWS = {
+    Product(1, 16, 4096, 7168): TritonRows(8, 512, 4),
+    Product(1, 16, 4096, 1434): TritonRows(2, 4096, 8),
+    Product(2, 16, 4096, 7168): TritonRows(4, 256, 2),
+    Product(2, 16, 4096, 1434): TritonRows(1, 1024, 4),
+    Product(1, 8, 4096, 7168): TritonRows(8, 64, 4),
+    Product(1, 4, 4096, 7168): TritonRows(8, 64, 4),
 }
 
-_Tile = TypeVar("_Tile", Tile, ColumnsTile, ClusterTile)
+CUDA_ROWS = {
+    Product(1, 16, 4096, 7168): CudaRows(128, 128, 1, 4, 10),
+    Product(1, 16, 4096, 3584): CudaRows(128, 128, 1, 4, 8),
+    Product(1, 16, 4096, 1434): CudaRows(128, 256, 2, 4, 3),
+    Product(1, 16, 14336, 2048): CudaRows(128, 512, 4, 2, 1),
+    Product(1, 16, 14336, 1024): CudaRows(256, 512, 2, 2, 2),
+    Product(1, 16, 14336, 410): CudaRows(256, 256, 2, 4, 3),
+    Product(1, 16, 5120, 8960): CudaRows(128, 128, 4, 1, 10),
+    Product(1, 16, 5120, 1792): CudaRows(256, 256, 2, 4, 3),
+    Product(1, 16, 17920, 2560): CudaRows(256, 256, 4, 1, 5),
+    Product(1, 16, 17920, 512): CudaRows(256, 256, 1, 4, 4),
+    Product(1, 16, 7168, 14336): CudaRows(256, 256, 2, 4, 3),
+    Product(1, 16, 7168, 2867): CudaRows(128, 128, 1, 8, 6),
+    Product(1, 16, 7168, 1000): CudaRows(256, 512, 2, 2, 2),
+    Product(1, 16, 1000, 28672): CudaRows(32, 128, 2, 4, 6),
+    Product(1, 16, 28672, 3584): CudaRows(128, 128, 1, 4, 10),
+    Product(1, 16, 28672, 717): CudaRows(256, 256, 1, 2, 4),
+    Product(1, 16, 12288, 24576): CudaRows(128, 128, 1, 4, 8),
+    Product(1, 16, 12288, 4915): CudaRows(128, 128, 2, 4, 6),
+    Product(1, 16, 49152, 6144): CudaRows(256, 256, 2, 4, 3),
+    Product(1, 16, 49152, 1229): CudaRows(128, 128, 1, 4, 10),
+    Product(2, 16, 4096, 7168): CudaRows(256, 256, 2, 1, 4),
+    Product(2, 16, 4096, 1434): CudaRows(128, 128, 1, 1, 12),
+}
+
+_Tile = TypeVar("_Tile", TritonRows, TritonColumns, CudaColumns, CudaRows)
 
 
 def nearest(table: Mapping[Product, _Tile], wanted: Product) -> _Tile:
-    """The cut of the product in the table that is most like ``wanted``."""
+    """The cut of the product in the table that is most like ``wanted``.
+
+    Float32 weights are in no table: a unit of them is cut as a 16-bit one of as many bytes.
+    """
+    if wanted.bits == 32:
+        wanted = wanted._replace(bits=16, width=2 * wanted.width)
 
     def distance(known: Product) -> float:
         sizes = zip(known[2:], wanted[2:], strict=True)

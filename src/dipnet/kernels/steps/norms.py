@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dipnet.kernels import gpu
+from dipnet.kernels.gpu import nvrtc
 from dipnet.kernels.gpu.common import activated, after_previous
-from dipnet.kernels.gpu.selection import AddNorm, clusters_select, select
+from dipnet.kernels.gpu.selection import AddNorm, select
 from dipnet.kernels.gpu.tiles import MOST_UNITS, cut_of
 from dipnet.kernels.steps.launch import overlapping
 from dipnet.kernels.steps.shapes import Norm
@@ -126,7 +127,7 @@ def add_norm_above(
 
 def _with_selection(hidden: Tensor, delta: Tensor | None, norm: Norm) -> AddNorm | None:
     """What `select` is given to add and normalise; None where it cannot."""
-    if norm.weight is None or norm.centred or not clusters_select(hidden):
+    if norm.weight is None or norm.centred or not nvrtc.serves(hidden.device):
         return None
     given = [part for part in (hidden, delta, norm.weight) if part is not None]
     alike = all(part.dtype == hidden.dtype and part.is_contiguous() for part in given)

@@ -37,7 +37,7 @@ class OnCPU:
         if (source, macros) not in self.made:
             values = dict(macros)
             own = {"SOURCE": f'"{source}"', "KERNEL": name}
-            own["CLUSTER_BLOCKS"] = str(values.get("PARTS") or values["BLOCKS"])
+            own["CLUSTER_BLOCKS"] = str(values.get("PARTS") or values.get("BLOCKS", 1))
             named = [f"-D{macro}={value}" for macro, value in (own | values).items()]
             library = self.folder / f"{len(self.made)}.so"
             command = ["g++", *OPTIONS, *named, self.folder / "run.cpp", "-o", library]

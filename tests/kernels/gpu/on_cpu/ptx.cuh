@@ -192,6 +192,11 @@ void read_once(const unsigned char* at, bool valid, u32 (&words)[WORDS_READ]) {
     for (u32 i = 0; i < WORDS_READ; i++) words[i] = read_or_zero<u32>(at + 4 * i, valid);
 }
 
+template <u32 WORDS_READ>
+void read_often(const void* at, bool valid, u32 (&words)[WORDS_READ]) {
+    read_once((const unsigned char*)at, valid, words);
+}
+
 inline u32 read_word(const void* at, bool valid) { return read_or_zero<u32>(at, valid); }
 inline u16 read_short(const void* at, bool valid) { return read_or_zero<u16>(at, valid); }
 inline u32 read_byte(const void* at, bool valid) { return read_or_zero<unsigned char>(at, valid); }

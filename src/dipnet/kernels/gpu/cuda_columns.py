@@ -1,51 +1,38 @@
-"""Products of kept input channels where thread blocks form clusters: columns.cu.
+"""Products of kept input channels in CUDA C++, by clusters of thread blocks: columns.cu.
 
-The same sums as Triton's kernels in columns.py and integers.py make, for units that are whole reads
-of 16 bytes. Those wait for each part of the list before they read on, and meet in the GPU's memory.
+The same sums as Triton's kernels in columns.py and integers.py make. Those wait for each part of
+the list before they read on, and meet in the GPU's memory.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dipnet.kernels.gpu import nvrtc
-from dipnet.kernels.gpu.common import HOPPER, INTERPRETED, list_stride
+from dipnet.kernels.gpu.common import list_stride
 from dipnet.kernels.gpu.reference import ACTIVATIONS
-from dipnet.kernels.gpu.tiles import ClusterTile
-from dipnet.kernels.gpu.weights import Weight
+from dipnet.kernels.gpu.tiles import CudaColumns
+from dipnet.kernels.gpu.weights import FLOATS, Weight
 from dipnet.kernels.reference import TILE
 
 SOURCE, KERNEL = "columns.cu", "multiply_columns"
-NUMBERS = (torch.float16, torch.bfloat16, torch.float32)
+INTEGERS = ("int8", "int4")
 WORD = 4
 """Bytes; up to four are read at once."""
 
 
-def clusters_serve(x: Tensor, weights: tuple[Weight, ...], *added: Tensor | None) -> bool:
+def cuda_columns_serve(x: Tensor, weights: tuple[Weight, ...], *added: Tensor | None) -> bool:
     """Whether the kernel takes these weights, and what is ``added`` in the numbers of ``x``."""
-    if INTERPRETED or not nvrtc.available():
-        return False
-    if torch.cuda.get_device_capability(x.device) < HOPPER:
-        return False
     if any(tensor is not None and tensor.dtype != x.dtype for tensor in added):
         return False
-    return all(_in_words(weight) for weight in weights)
+    return nvrtc.serves(x.device) and all(weight.in_whole_reads() for weight in weights)
 
 
-def _in_words(weight: Weight) -> bool:
-    """Whether every unit is whole reads of 16 bytes, at most 16 bits a weight."""
-    data = weight.data
-    if weight.kind == "float" and (data.dtype == torch.float32 or weight.width % 8):
-        return False
-    return data.data_ptr() % 16 == 0 and data.stride(0) * data.element_size() % 16 == 0
-
-
-def cluster_columns(
+def cuda_columns(
     x: Tensor,
     index: Tensor,
     weights: tuple[Weight, ...],
-    tile: ClusterTile,
+    tile: CudaColumns,
     *,
     count: Tensor | None = None,
     bias: Tensor | None = None,
@@ -61,7 +48,7 @@ def cluster_columns(
     vectors = size // (WORD * tile.words)
     macros = {
         "KIND": _kind(weight),
-        "X": NUMBERS.index(x.dtype),
+        "X": FLOATS.index(x.dtype),
         "MATRICES": len(weights),
         "COMPACT": int(compact),
         "BLOCK": block,
@@ -86,9 +73,9 @@ def cluster_columns(
 
 
 def _kind(weight: Weight) -> int:
-    if weight.kind in ("int8", "int4"):
-        return 2 if weight.kind == "int8" else 3
-    return NUMBERS.index(weight.numbers.dtype)
+    if weight.kind in INTEGERS:
+        return len(FLOATS) + INTEGERS.index(weight.kind)
+    return FLOATS.index(weight.numbers.dtype)
 
 
 def _bytes(weight: Weight) -> int:
