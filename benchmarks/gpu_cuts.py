@@ -68,6 +68,10 @@ COLUMNS = {
     Product(1, 4, 14336, 2048): 4096,
     Product(2, 4, 14336, 2048): 4096,
     Product(1, 4, 4096, 7168): 14336,
+    Product(1, 4, 4096, 2048): 4096,
+    Product(1, 4, 6144, 2048): 4096,
+    Product(1, 4, 28672, 2048): 4096,
+    Product(1, 4, 128256, 4096): 4096,
 }
 """The products of columns that are tuned, and the input channels of each."""
 ROWS = {
@@ -129,9 +133,15 @@ def of_columns(product: Product) -> Iterator[CudaColumns]:
         flying = threads * each * 4 * reads * blocks
         busy = multiprocessors() / 2 <= blocks <= 16 * multiprocessors() and flying >= IN_FLIGHT
         if busy and filled and fits:
-            held = RESIDENT[reads] if product.bits == 16 else ()  # of integers it is not known
-            for resident in {max(1, most // threads) for most in held} or {1}:
+            held = RESIDENT[reads] if product.bits == 16 else of_integers(reads, each, product.bits)
+            for resident in {max(1, most // threads) for most in held}:
                 yield CudaColumns(lanes, parts, threads, reads, resident, each)
+
+
+def of_integers(reads: int, words: int, bits: int) -> tuple[int, ...]:
+    """As RESIDENT: registers are wanted for what is read, multipliers and the sums of outputs."""
+    registers = reads * (words + 4) + words * 32 // bits + 20
+    return tuple(most for most in (512, 768, 1024, 1536) if most * registers < 65536)
 
 
 def of_rows(product: Product) -> Iterator[CudaRows]:

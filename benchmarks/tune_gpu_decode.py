@@ -1,6 +1,6 @@
 """The fastest cuts of a model's own products where they run: inside a token's CUDA graph.
 
-    python benchmarks/tune_gpu_decode.py [--model llama-3-8b] [--layers 8] [--tried 12]
+    python benchmarks/tune_gpu_decode.py [--model opt-30b] [--weights int4] [--tried 12]
 
 There other kernels run before a product, and beside it, so the cut that is fastest alone need not
 be the fastest. Finds the products of one token of the sparse loop (of `gpu_decode.py`, with fewer
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from gpu_cuts import KERNELS, Cutting, Kernel
-from gpu_decode import SUBJECTS
+from gpu_decode import BYTES, SUBJECTS, put_int4
 from gpu_timing import need_gpu
 from timing import json_line
 from tune_gpu_kernels import tuned
@@ -30,18 +30,24 @@ from dipnet.kernels.gpu.tiles import Product
 from dipnet.models.attach import ATTACHED
 
 LENGTH, TOKENS, ROUNDS = 256, 20, 5
-TABLES = {id(kernel.table): kernel for kernel in KERNELS.values()}
+TABLES = {id(kernel.table): name for name, kernel in KERNELS.items()}
 nearest = launch.nearest
 
 
+Cut = tuple[str, Product]
+"""A kernel's name in KERNELS, and what it multiplies."""
+
+
 @contextmanager
-def cuts(instead: dict[Product, Cutting], seen: dict[Product, Kernel]) -> Iterator[None]:
+def cuts(instead: dict[Cut, Cutting], seen: list[Cut]) -> Iterator[None]:
     """Products are cut as said ``instead`` of as in the table; all that are cut are ``seen``."""
 
     def cut(table: Any, product: Product) -> Any:
-        if id(table) in TABLES:
-            seen[product] = TABLES[id(table)]
-        return instead.get(product) or nearest(table, product)
+        if id(table) not in TABLES:
+            return nearest(table, product)
+        key = TABLES[id(table)], product
+        seen.append(key)
+        return instead.get(key) or nearest(table, product)
 
     launch.nearest = cut
     try:
@@ -50,9 +56,9 @@ def cuts(instead: dict[Product, Cutting], seen: dict[Product, Kernel]) -> Iterat
         launch.nearest = nearest
 
 
-def token_us(model: Any, method: Any, instead: dict[Product, Cutting]) -> tuple[float, Any]:
+def token_us(model: Any, method: Any, instead: dict[Cut, Cutting]) -> tuple[float, list[Cut]]:
     """Microseconds of one token, and the products that its graph cut."""
-    seen: dict[Product, Kernel] = {}
+    seen: list[Cut] = []
     with cuts(instead, seen), dipnet.sparsify(model, method, backend="gpu", prefill="dense"):
         replay = getattr(model, ATTACHED).decoding.replay(LENGTH)
         replay.begin()
@@ -67,7 +73,7 @@ def token_us(model: Any, method: Any, instead: dict[Product, Cutting]) -> tuple[
             torch.cuda.synchronize()
             times.append(start.elapsed_time(end) * 1e3 / TOKENS)
             replay.prompt_ended(LENGTH // 2)
-    return statistics.median(times), seen
+    return statistics.median(times), list(dict.fromkeys(seen))
 
 
 def best_alone(kernel: Kernel, product: Product, seconds: float, tried: int) -> list[Cutting]:
@@ -80,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=list(SUBJECTS), default="llama-3-8b")
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--weights", choices=list(BYTES), default="bf16")
     parser.add_argument("--tried", type=int, default=12, help="cuts of each product, in the loop")
     parser.add_argument(
         "--seconds", type=float, default=5, help="for timing a product's cuts alone"
@@ -90,21 +97,24 @@ def main() -> None:
     torch.manual_seed(0)
     subject = SUBJECTS[args.model]
     model = subject.build(args.layers)
+    model = put_int4(model) if args.weights == "int4" else model
     method = subject.method(model)
     first, products = token_us(model, method, {})
-    print(f"{args.model}, {args.layers} layers: {first:.1f} us a token with the table", flush=True)
+    named = {"model": args.model, "weights": args.weights, "layers": args.layers}
+    print(f"{named}: {first:.1f} us a token with the table", flush=True)
     report = {}
-    for product, kernel in products.items():
-        if args.only not in str(tuple(product)) or kernel is KERNELS["triton-columns"]:
+    for name, product in products:
+        kernel = KERNELS[name]
+        if args.only not in str(tuple(product)) or name == "triton-columns":
             continue
         in_use = nearest(kernel.table, product)
-        tiles = [in_use, *best_alone(kernel, product, args.seconds, args.tried)]
-        found = [(token_us(model, method, {product: tile})[0], tile) for tile in tiles]
-        report[str(tuple(product))] = [(round(us, 1), tuple(tile)) for us, tile in found]
-        print(f"{product!r}: {found[0][0]:.1f} us with {in_use!r}")
+        tiles = dict.fromkeys([in_use, *best_alone(kernel, product, args.seconds, args.tried)])
+        found = [(token_us(model, method, {(name, product): tile})[0], tile) for tile in tiles]
+        report[f"{name} {tuple(product)}"] = [(round(us, 1), tuple(tile)) for us, tile in found]
+        print(f"{name}, {product!r}: {found[0][0]:.1f} us with {in_use!r}")
         for us, tile in sorted(found)[:4]:
             print(f"    {us:.1f} us with {tile!r}", flush=True)
-    print(json_line({"model": args.model, "layers": args.layers, "us": first, "cuts": report}))
+    print(json_line(named | {"us": first, "cuts": report}))
 
 
 if __name__ == "__main__":

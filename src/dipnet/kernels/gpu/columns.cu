@@ -35,20 +35,24 @@ typedef Stored<X>::Number Number;
 #define CLUSTER
 #endif
 
-// A level's bits as those of a float: 1 + level / 16 of int4, 2^23 + level of int8; the latter's
-// distance from 0 is taken off at once, or the sums would lose what it is larger.
+// Where int4 levels are in a word, or in the same shifted by 12 bits: in place in the bits of a float
+// from 2^23 up, of which the lowest one counts 1.
+#define SHIFT(piece) (piece < 5 ? piece * 4 : piece * 4 - 12)
+
+// A level's distance from 0, of int4 times 2^SHIFT. Taken off at once what the bits of the float are
+// more, or the sums would lose what that is larger.
 __device__ float level(u32 word, u32 piece) {
 #if KIND == 4
-    const u32 up = piece < 5 ? word << (19 - 4 * piece) : word >> (4 * piece - 19);
-    return __uint_as_float((up & 0x780000u) | 0x3f800000u);
+    const u32 moved = piece < 5 ? word : word >> 12, shift = SHIFT(piece);
+    const u32 bits = masked(moved, 0xfu << shift, 0x4b000000u);
+    return __uint_as_float(bits) - (8388608.0f + (8u << shift));
 #else
     return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440u | piece)) - 8388736.0f;
 #endif
 }
 
-// Add `value` times the weights of some words; `steps` are the multipliers of integers. Of int4, 16
-// times the totals are 24 times `surplus` too high.
-__device__ void add(float* totals, float* surplus, const u32* words, u32 steps, float value) {
+// Add `value` times the weights of some words; `steps` are the multipliers of integers.
+__device__ void add(float* totals, const u32* words, u32 steps, float value) {
 #if !INTEGERS
 #pragma unroll
     for (u32 i = 0; i < OUTPUTS; i++) totals[i] += value * number_in<KIND>(words, i);
@@ -60,7 +64,6 @@ __device__ void add(float* totals, float* surplus, const u32* words, u32 steps, 
 #pragma unroll
         for (u32 piece = 0; piece < PIECES; piece++)
             totals[i * PIECES + piece] += step * level(words[i], piece);
-        if (KIND == 4) surplus[i] += step;
     }
 #endif
 }
@@ -157,7 +160,6 @@ multiply_columns(const Number* x, const int* index, const int* count, const unsi
     const int end = min(begin + share, kept), own_end = inside ? end : 0;
 
     alignas(16) float totals[OUTPUTS] = {};
-    float surplus[WORDS] = {};
     u32 units[READS];
     read_units(index, begin + side, own_end, units);
     for (int start = begin; start < end; start += SIDES * READS) {
@@ -177,11 +179,11 @@ multiply_columns(const Number* x, const int* index, const int* count, const unsi
         }
         read_units(index, start + side + SIDES * READS, own_end, units);
 #pragma unroll
-        for (u32 i = 0; i < READS; i++) add(totals, surplus, words[i], steps[i], values[i]);
+        for (u32 i = 0; i < READS; i++) add(totals, words[i], steps[i], values[i]);
     }
 
-    if (KIND == 4)
-        for (u32 i = 0; i < OUTPUTS; i++) totals[i] = 16 * totals[i] - 24 * surplus[i / PIECES];
+#pragma unroll
+    for (u32 i = 0; KIND == 4 && i < OUTPUTS; i++) totals[i] *= 1.0f / (1 << SHIFT(i % PIECES));
     wait_begun();
     share_sums(totals, partial, sums, part);
     meet();

@@ -149,6 +149,10 @@ CUDA_COLUMNS = {
     Product(1, 4, 14336, 2048): CudaColumns(16, 8, 256, 4),
     Product(2, 4, 14336, 2048): CudaColumns(64, 16, 256, 4),
     Product(1, 4, 4096, 7168): CudaColumns(8, 2, 1024, 4, words=1),
+    Product(1, 4, 4096, 2048): CudaColumns(8, 4, 512, 2, 2, 2),
+    Product(1, 4, 6144, 2048): CudaColumns(8, 4, 512, 2, 2, 2),
+    Product(1, 4, 28672, 2048): CudaColumns(16, 8, 256, 4),
+    Product(1, 4, 128256, 4096): CudaColumns(16, 2, 256, 4),
 }
 TRITON_ROWS = {
     Product(1, 16, 4096, 7168): TritonRows(8, 512, 4),

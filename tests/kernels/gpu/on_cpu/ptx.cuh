@@ -166,6 +166,8 @@ void set_in_block(T* address, u32 block, T value) { *in_block(address, block) = 
 
 inline u32 read_in_block(const u32* address, u32 block) { return *in_block(address, block); }
 
+inline u32 masked(u32 word, u32 mask, u32 others) { return (word & mask) | others; }
+
 inline float of_half(u16 bits) { _Float16 value; std::memcpy(&value, &bits, 2); return value; }
 
 inline u16 to_half(float number) {
