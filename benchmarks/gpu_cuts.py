@@ -140,7 +140,7 @@ def of_columns(product: Product) -> Iterator[CudaColumns]:
 
 def of_integers(reads: int, words: int, bits: int) -> tuple[int, ...]:
     """As RESIDENT: registers are wanted for what is read, multipliers and the sums of outputs."""
-    registers = reads * (words + 4) + words * 32 // bits + 20
+    registers = reads * (words + 4) + words * (32 // bits + 1) + 20
     return tuple(most for most in (512, 768, 1024, 1536) if most * registers < 65536)
 
 

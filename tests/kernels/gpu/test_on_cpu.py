@@ -69,6 +69,17 @@ def test_columns(kind: str, dtype: torch.dtype, width: int, tile: CudaColumns) -
         close(cuda_columns(x, index, (weight,), tile, count=given, **named), wanted)
 
 
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_columns_of_any_size(kind: str, size: float) -> None:
+    """Levels are multiplied as the lowest bits of a float, and what they are multiplied with must
+    neither end in 0 nor in infinity."""
+    (weight,), x = weights(kind, 40, 130, FLOAT, 1), size * torch.randn(1, 40)
+    index, tile = kept(1, 40, 23), CudaColumns(8, 2, 64, 2)
+    wanted = reference.columns_product(x, index, weight, None, None, None, False, 1)
+    close(cuda_columns(x, index, (weight,), tile), wanted)
+
+
 @pytest.mark.parametrize("compact", [False, True])
 def test_blocks_of_columns(compact: bool) -> None:
     tile, (weight,) = CudaColumns(8, 2, 64, 2), weights("float", 48, 72, HALF, 1)

@@ -77,7 +77,7 @@ def test_columns(batch: int | None, units: int, width: int, dtype: torch.dtype) 
 
 @needs_kernels
 @each_dtype
-@pytest.mark.parametrize(("units", "width"), [(1, 1), (7, 70), (18, 33)])
+@pytest.mark.parametrize(("units", "width"), [(1, 1), (7, 70), (18, 33), (9, 40)])
 @pytest.mark.parametrize("batch", [None, 1, 2])
 def test_rows(batch: int | None, units: int, width: int, dtype: torch.dtype) -> None:
     x, weight = torch.randn(batch or 2, width).to(dtype), torch.randn(units, width).to(dtype)

@@ -18,7 +18,8 @@
 typedef Stored<X>::Number Number;
 
 #define INTEGERS (KIND >= 3)
-#define PIECES (KIND == 4 ? 8 : KIND == 3 ? 4 : KIND == 2 ? 1 : 2)  // weights of a word
+#define BITS (KIND == 4 ? 4 : KIND == 3 ? 8 : KIND == 2 ? 32 : 16)  // of a weight
+#define PIECES (32 / BITS)  // weights of a word
 #define STEPS (KIND == 4 ? WORDS : (WORDS + 1) / 2)  // multipliers of the words that are read at once
 #define OUTPUTS (WORDS * PIECES)
 #define COLUMNS (LANES * OUTPUTS)  // of a cluster, of all matrices
@@ -35,24 +36,26 @@ typedef Stored<X>::Number Number;
 #define CLUSTER
 #endif
 
-// Where int4 levels are in a word, or in the same shifted by 12 bits: in place in the bits of a float
-// from 2^23 up, of which the lowest one counts 1.
-#define SHIFT(piece) (piece < 5 ? piece * 4 : piece * 4 - 12)
+// An integer's level stays where it is in its word: the 24 lower bits of a float are a multiple of
+// 2^-149, without a conversion and at full speed. What is multiplied is 2^64 too large, or products
+// would be too small; and every level is OFFSET too high.
+#define SHIFT(piece) ((piece) * BITS <= 24 - BITS ? (piece) * BITS : (piece) * BITS - 8)
+#define OFFSET (1 << (BITS - 1))
+#define RAISED 18446744073709551616.0f  // 2^64
 
-// A level's distance from 0, of int4 times 2^SHIFT. Taken off at once what the bits of the float are
-// more, or the sums would lose what that is larger.
 __device__ float level(u32 word, u32 piece) {
-#if KIND == 4
-    const u32 moved = piece < 5 ? word : word >> 12, shift = SHIFT(piece);
-    const u32 bits = masked(moved, 0xfu << shift, 0x4b000000u);
-    return __uint_as_float(bits) - (8388608.0f + (8u << shift));
-#else
-    return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440u | piece)) - 8388736.0f;
-#endif
+    const u32 moved = piece * BITS <= 24 - BITS ? word : word >> 8;
+    return __uint_as_float(moved & ((1u << BITS) - 1) << SHIFT(piece));
+}
+
+// The sum of weights whose levels gave `total`, of multipliers that sum up to `surplus`.
+__device__ float unraised(float total, float surplus, u32 piece) {
+    const float unit = 38685626227668133590597632.0f;  // 2^85: 2^149 over RAISED
+    return total * (unit / (1 << SHIFT(piece))) - surplus * (OFFSET / RAISED);
 }
 
 // Add `value` times the weights of some words; `steps` are the multipliers of integers.
-__device__ void add(float* totals, const u32* words, u32 steps, float value) {
+__device__ void add(float* totals, float* surplus, const u32* words, u32 steps, float value) {
 #if !INTEGERS
 #pragma unroll
     for (u32 i = 0; i < OUTPUTS; i++) totals[i] += value * number_in<KIND>(words, i);
@@ -61,6 +64,7 @@ __device__ void add(float* totals, const u32* words, u32 steps, float value) {
     for (u32 i = 0; i < WORDS; i++) {
         const u32 of = KIND == 4 ? i : i / 2;
         const float step = value * (float)(signed char)(steps >> of * 8 & 0xffu);
+        surplus[i] += step;
 #pragma unroll
         for (u32 piece = 0; piece < PIECES; piece++)
             totals[i * PIECES + piece] += step * level(words[i], piece);
@@ -160,6 +164,7 @@ multiply_columns(const Number* x, const int* index, const int* count, const unsi
     const int end = min(begin + share, kept), own_end = inside ? end : 0;
 
     alignas(16) float totals[OUTPUTS] = {};
+    float surplus[WORDS] = {};
     u32 units[READS];
     read_units(index, begin + side, own_end, units);
     for (int start = begin; start < end; start += SIDES * READS) {
@@ -174,16 +179,19 @@ multiply_columns(const Number* x, const int* index, const int* count, const unsi
             read_once(unit + vector * WORDS * 4, valid, words[i]);
 #if INTEGERS
             steps[i] = read_steps(unit + first, vector, valid);
-            values[i] *= __uint_as_float(read_word(scales + units[i], valid));
+            values[i] *= RAISED * __uint_as_float(read_word(scales + units[i], valid));
 #endif
         }
         read_units(index, start + side + SIDES * READS, own_end, units);
 #pragma unroll
-        for (u32 i = 0; i < READS; i++) add(totals, words[i], steps[i], values[i]);
+        for (u32 i = 0; i < READS; i++) add(totals, surplus, words[i], steps[i], values[i]);
     }
 
+#if INTEGERS
 #pragma unroll
-    for (u32 i = 0; KIND == 4 && i < OUTPUTS; i++) totals[i] *= 1.0f / (1 << SHIFT(i % PIECES));
+    for (u32 i = 0; i < OUTPUTS; i++)
+        totals[i] = unraised(totals[i], surplus[i / PIECES], i % PIECES);
+#endif
     wait_begun();
     share_sums(totals, partial, sums, part);
     meet();

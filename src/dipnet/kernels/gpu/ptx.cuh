@@ -51,13 +51,6 @@ __device__ u32 read_in_block(const u32* address, u32 block) {
     return value;
 }
 
-// The bits of `word` in the mask, and others: one instruction, of which the compiler makes two.
-__device__ u32 masked(u32 word, u32 mask, u32 others) {
-    u32 made;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(made) : "r"(word), "r"(mask), "r"(others));
-    return made;
-}
-
 __device__ float of_half(u16 value) {
     float number;
     asm("cvt.f32.f16 %0, %1;" : "=f"(number) : "h"(value));

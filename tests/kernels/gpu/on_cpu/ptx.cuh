@@ -97,13 +97,6 @@ inline u32 __popc(u32 bits) { return __builtin_popcount(bits); }
 inline u32 __ffs(u32 bits) { return __builtin_ffs(bits); }
 inline u32 atomicAdd(u32* at, u32 value) { return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST); }
 
-inline u32 __byte_perm(u32 low, u32 high, u32 selector) {
-    const unsigned long long both = (unsigned long long)high << 32 | low;
-    u32 made = 0;
-    for (u32 i = 0; i < 4; i++) made |= u32(both >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
-    return made;
-}
-
 inline void __syncthreads() { on_cpu::meet(on_cpu::current->all, on_cpu::current->threads.size()); }
 
 template <typename T>
@@ -165,8 +158,6 @@ template <typename T>
 void set_in_block(T* address, u32 block, T value) { *in_block(address, block) = value; }
 
 inline u32 read_in_block(const u32* address, u32 block) { return *in_block(address, block); }
-
-inline u32 masked(u32 word, u32 mask, u32 others) { return (word & mask) | others; }
 
 inline float of_half(u16 bits) { _Float16 value; std::memcpy(&value, &bits, 2); return value; }
 
