@@ -1,4 +1,5 @@
-"""The GPU kernels against PyTorch's on the shapes of large models, one token, float16.
+"""The GPU kernels against PyTorch's on the shapes of large models, one token, float16 where no other
+kind of weights is named.
 
     python benchmarks/gpu_kernels.py
 
@@ -15,19 +16,23 @@ from torch import Tensor
 from torch.nn import functional
 
 from dipnet.kernels import gpu
+from dipnet.kernels.gpu import Weight
+from dipnet.kernels.reference import row_bytes
 
 HALF = torch.float16
 SHAPES = [(4096, 14336), (14336, 4096), (12288, 49152), (49152, 12288)]
 TEAL_SHAPES = [(5120, 17920), (7168, 28672)]
 """Those of the published kernel's rows that are not among SHAPES."""
+KIND_SHAPES = SHAPES[:2]
+"""Those that are measured for other kinds of weights, too."""
 DENSITIES = (0.5, 0.25, 0.1)
 UNITS = (4096, 5120, 7168, 12288, 14336, 17920, 28672, 49152)
 MLP = (4096, 14336)
 
 
-def random(*shape: int) -> Tensor:
-    """Normally distributed float16 numbers."""
-    return torch.empty(shape, device=DEVICE, dtype=HALF).normal_()
+def random(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
+    """Normally distributed numbers."""
+    return torch.empty(shape, device=DEVICE, dtype=dtype).normal_()
 
 
 def row(name: str, us: float, dense: float, limit: float) -> dict[str, float | str]:
@@ -37,17 +42,25 @@ def row(name: str, us: float, dense: float, limit: float) -> dict[str, float | s
     return {"what": name, "us": us, "dense_us": dense, "speedup": dense / us, "share": share}
 
 
-def products(inputs: int, outputs: int, bandwidth: float) -> list[dict[str, float | str]]:
+def products(
+    inputs: int,
+    outputs: int,
+    bandwidth: float,
+    dtype: torch.dtype = HALF,
+    densities: tuple[float, ...] = DENSITIES,
+) -> list[dict[str, float | str]]:
     """Gathered input channels, then gathered output rows, against a dense linear layer."""
-    weights, x, found = in_turn(lambda: random(inputs, outputs)), random(1, inputs), []
+    weights = in_turn(lambda: random(inputs, outputs, dtype=dtype))
+    x, found = random(1, inputs, dtype=dtype), []
     count, launches = len(weights), max(4, 2 * len(weights))
     dense_weights = [weight.view(outputs, inputs) for weight in weights]
     dense = graph_us(lambda i: functional.linear(x, dense_weights[i % count]), launches)
-    for density in DENSITIES:
+    title = "" if dtype == HALF else f"{dtype}".removeprefix("torch.") + " "
+    for density in densities:
         for name, units in (("columns", inputs), ("rows", outputs)):
             kept = round(density * units)
             index = lists(units, kept)
-            limit = kept * 2 * inputs * outputs / units / bandwidth * 1e6
+            limit = kept * dtype.itemsize * inputs * outputs / units / bandwidth * 1e6
 
             def run(i: int, name: str = name, index: list[Tensor] = index) -> Tensor:
                 if name == "columns":
@@ -55,8 +68,31 @@ def products(inputs: int, outputs: int, bandwidth: float) -> list[dict[str, floa
                 return gpu.rows_product(x, index[i % LISTS], dense_weights[i % count])
 
             us = graph_us(run, launches)
-            found.append(row(f"{name}, {inputs} to {outputs}, {density:.0%}", us, dense, limit))
+            what = f"{title}{name}, {inputs} to {outputs}, {density:.0%}"
+            found.append(row(what, us, dense, limit))
     return found
+
+
+def integers(
+    kind: str, inputs: int, outputs: int, bandwidth: float
+) -> list[dict[str, float | str]]:
+    """Half of the columns of a store's integers, against a dense linear layer in float16."""
+    dense_weights, x = in_turn(lambda: random(outputs, inputs)), random(1, inputs)
+    size, scales = row_bytes(kind, outputs), torch.rand(inputs, device=DEVICE)
+    stored = in_turn(lambda: torch.randint(255, (inputs, size), device=DEVICE, dtype=torch.uint8))
+    weights = [Weight(data, scales, kind, outputs) for data in stored]
+    index = lists(inputs, inputs // 2)
+    launches = max(4, len(dense_weights))
+    dense = graph_us(
+        lambda i: functional.linear(x, dense_weights[i % len(dense_weights)]), launches
+    )
+
+    def run(i: int) -> Tensor:
+        return gpu.columns_product(x, index[i % LISTS], weights[i % len(weights)])
+
+    limit = inputs // 2 * size / bandwidth * 1e6
+    us = graph_us(run, max(4, len(weights)))
+    return [row(f"{kind} columns, {inputs} to {outputs}, 50%", us, dense, limit)]
 
 
 def selections(bandwidth: float) -> list[dict[str, float | str]]:
@@ -108,6 +144,10 @@ def main() -> None:
     rows = mlp(bandwidth) + selections(bandwidth)
     for inputs, outputs in SHAPES + TEAL_SHAPES:
         rows += products(inputs, outputs, bandwidth)
+    for inputs, outputs in KIND_SHAPES:
+        rows += products(inputs, outputs, bandwidth, torch.float32, DENSITIES[:1])
+        for kind in ("int8", "int4"):
+            rows += integers(kind, inputs, outputs, bandwidth)
     named = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     print(json.dumps(named | {"bandwidth_GBps": bandwidth / 1e9, "rows": rows}))
 

@@ -122,7 +122,7 @@ CUDA_COLUMNS = {
     Product(1, 16, 4096, 7168): CudaColumns(8, 2, 1024, 4, 1),
     Product(1, 16, 4096, 3584): CudaColumns(8, 2, 1024, 2, 1),
     Product(1, 16, 4096, 1434): CudaColumns(8, 2, 512, 4, 2),
-    Product(1, 16, 4096, 2048): CudaColumns(16, 16, 256, 2, 4),
+    Product(1, 16, 4096, 2048): CudaColumns(8, 8, 256, 4, 5),
     Product(1, 16, 6144, 2048): CudaColumns(16, 16, 128, 4, 8),
     Product(1, 16, 7168, 2867): CudaColumns(8, 4, 256, 4, 4),
     Product(1, 16, 7168, 3584): CudaColumns(16, 8, 128, 4, 10),
@@ -149,9 +149,9 @@ CUDA_COLUMNS = {
     Product(1, 4, 14336, 2048): CudaColumns(8, 4, 256, 8, 2),
     Product(2, 4, 14336, 2048): CudaColumns(16, 4, 256, 8, 2),
     Product(1, 4, 4096, 7168): CudaColumns(8, 16, 256, 2, 3),
-    Product(1, 4, 4096, 2048): CudaColumns(16, 16, 256, 8, 3, 2),
+    Product(1, 4, 4096, 2048): CudaColumns(16, 16, 256, 4, 3, 2),
     Product(1, 4, 6144, 2048): CudaColumns(8, 8, 256, 8, 2),
-    Product(1, 4, 28672, 2048): CudaColumns(16, 4, 256, 8, 2),
+    Product(1, 4, 28672, 2048): CudaColumns(16, 4, 256, 4, 2),
     Product(1, 4, 128256, 4096): CudaColumns(16, 1, 256, 8, 2),
 }
 TRITON_ROWS = {
