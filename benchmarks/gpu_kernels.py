@@ -1,5 +1,5 @@
-"""The GPU kernels against PyTorch's on the shapes of large models, one token, float16 where no other
-kind of weights is named.
+"""The GPU kernels against PyTorch's on the shapes of large models, one token; float16, where no
+other kind of weights is named.
 
     python benchmarks/gpu_kernels.py
 
