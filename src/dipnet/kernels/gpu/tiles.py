@@ -1,10 +1,10 @@
 """How a product is cut into programs, from measurements on an H200.
 
 `benchmarks/tune_gpu_kernels.py` tries cuts, and prints the tables of the kernels in CUDA C++, or
-with --triton that of Triton's columns. For the layers of Llama-3-8B (DIP) and OPT-30B (Deja Vu)
-the table has the cuts with which, of those tried, the decode loop was fastest: there other kernels
-run before a product and beside it. What is in no table is cut as the product that is nearest: in
-weights of a unit, and in kept units.
+that of Triton's columns. For the layers of Llama-3-8B (DIP, bfloat16 and int4) and OPT-30B (Deja
+Vu) a table has the cuts with which the decode loop is fastest: there other kernels run before a
+product and beside it (`benchmarks/tune_gpu_decode.py`). What is in no table is cut as the product
+that is nearest: in weights of a unit, and in kept units.
 """
 
 from __future__ import annotations
