@@ -178,6 +178,8 @@ def run_rows(x: Tensor, index: Tensor, weights: tuple[Weight, ...], tile: CudaRo
 class Kernel:
     """Whose cuts are tuned: ``table`` has those in use, ``units`` the products that are tuned, with
     the units among which each keeps some, and ``candidates`` the cuts of one that are tried.
+    Units of ``by_output`` are outputs, else input channels. Triton's kernels are compiled ahead by
+    processes (``triton``).
     """
 
     table_name: str
@@ -185,12 +187,23 @@ class Kernel:
     units: Mapping[Product, int]
     candidates: Callable[[Product], Iterator[Cutting]]
     run: Callable[[Tensor, Tensor, tuple[Weight, ...], Any], Tensor]
+    by_output: bool = False
+    triton: bool = False
+
+    def inputs(self, product: Product, units: int) -> int:
+        """Numbers of x."""
+        return product.width if self.by_output else units
 
 
 KERNELS = {
     "columns": Kernel("CUDA_COLUMNS", CUDA_COLUMNS, COLUMNS, of_columns, run_columns),
-    "rows": Kernel("CUDA_ROWS", CUDA_ROWS, ROWS, of_rows, run_rows),
+    "rows": Kernel("CUDA_ROWS", CUDA_ROWS, ROWS, of_rows, run_rows, by_output=True),
     "triton-columns": Kernel(
-        "TRITON_COLUMNS", TRITON_COLUMNS, COLUMNS, triton_columns, run_triton_columns
+        "TRITON_COLUMNS",
+        TRITON_COLUMNS,
+        COLUMNS,
+        triton_columns,
+        run_triton_columns,
+        triton=True,
     ),
 }

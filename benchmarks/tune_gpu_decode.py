@@ -4,8 +4,9 @@
 
 There other kernels run before a product, and beside it, so the cut that is fastest alone need not
 be the fastest. Finds the products of one token of the sparse loop (of `gpu_decode.py`, with fewer
-layers), times each one's cuts alone as `tune_gpu_kernels.py` does, and then the whole token with
-each of the best, beside the cut of the table. Medians over rounds in turn. Ends with one JSON line.
+layers), times each one's cuts alone as `tune_gpu_kernels.py` does, in bfloat16, and then the whole
+token with each of the best; first and last with the cut of the table, which shows the drift.
+Medians over rounds. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ TABLES = {id(kernel.table): name for name, kernel in KERNELS.items()}
 nearest = launch.nearest
 
 
-Cut = tuple[str, Product]
+Call = tuple[str, Product]
 """A kernel's name in KERNELS, and what it multiplies."""
 
 
 @contextmanager
-def cuts(instead: dict[Cut, Cutting], seen: list[Cut]) -> Iterator[None]:
+def cut_instead(instead: dict[Call, Cutting], seen: list[Call]) -> Iterator[None]:
     """Products are cut as said ``instead`` of as in the table; all that are cut are ``seen``."""
 
     def cut(table: Any, product: Product) -> Any:
@@ -56,10 +57,10 @@ def cuts(instead: dict[Cut, Cutting], seen: list[Cut]) -> Iterator[None]:
         launch.nearest = nearest
 
 
-def token_us(model: Any, method: Any, instead: dict[Cut, Cutting]) -> tuple[float, list[Cut]]:
+def token_us(model: Any, method: Any, instead: dict[Call, Cutting]) -> tuple[float, list[Call]]:
     """Microseconds of one token, and the products that its graph cut."""
-    seen: list[Cut] = []
-    with cuts(instead, seen), dipnet.sparsify(model, method, backend="gpu", prefill="dense"):
+    seen: list[Call] = []
+    with cut_instead(instead, seen), dipnet.sparsify(model, method, backend="gpu", prefill="dense"):
         replay = getattr(model, ATTACHED).decoding.replay(LENGTH)
         replay.begin()
         replay.prompt_ended(LENGTH // 2)
@@ -79,7 +80,7 @@ def token_us(model: Any, method: Any, instead: dict[Cut, Cutting]) -> tuple[floa
 def best_alone(kernel: Kernel, product: Product, seconds: float, tried: int) -> list[Cutting]:
     """The cuts that are fastest alone, of twice as many units as are kept."""
     subject = replace(kernel, units={product: 2 * product.kept})
-    return [tile for _, tile in tuned(subject, product, seconds)[:tried]]
+    return [tile for _, tile in tuned(subject, product, seconds, torch.bfloat16)[:tried]]
 
 
 def main() -> None:
@@ -105,13 +106,15 @@ def main() -> None:
     report = {}
     for name, product in products:
         kernel = KERNELS[name]
-        if args.only not in str(tuple(product)) or name == "triton-columns":
+        if args.only not in str(tuple(product)) or kernel.triton:
             continue
         in_use = nearest(kernel.table, product)
         tiles = dict.fromkeys([in_use, *best_alone(kernel, product, args.seconds, args.tried)])
-        found = [(token_us(model, method, {(name, product): tile})[0], tile) for tile in tiles]
+        found = [
+            (token_us(model, method, {(name, product): tile})[0], tile) for tile in [*tiles, in_use]
+        ]
         report[f"{name} {tuple(product)}"] = [(round(us, 1), tuple(tile)) for us, tile in found]
-        print(f"{name}, {product!r}: {found[0][0]:.1f} us with {in_use!r}")
+        print(f"{name}, {product!r}: {found[0][0]:.1f} and {found[-1][0]:.1f} us with {in_use!r}")
         for us, tile in sorted(found)[:4]:
             print(f"    {us:.1f} us with {tile!r}", flush=True)
     print(json_line(named | {"us": first, "cuts": report}))

@@ -39,11 +39,11 @@ UNITS = (4096, 7168, 14336, 28672, 49152)
 """Units among which a selection is tuned."""
 
 
-def matrices(product: Product, units: int) -> list[Weight]:
+def matrices(product: Product, units: int, dtype: torch.dtype) -> list[Weight]:
     """Random weights, taken in turn."""
     if product.bits == 16:
         shape = units, product.width
-        made = in_turn(lambda: torch.empty(shape, device=DEVICE, dtype=torch.float16).normal_())
+        made = in_turn(lambda: torch.empty(shape, device=DEVICE, dtype=dtype).normal_())
         return [Weight.of(data) for data in made]
     kind, scales = f"int{product.bits}", torch.rand(units, device=DEVICE)
     size = units, row_bytes(kind, product.width)
@@ -64,18 +64,19 @@ def caller(
     return run
 
 
-def tuned(kernel: Kernel, product: Product, seconds: float) -> list[tuple[float, Cutting]]:
+def tuned(
+    kernel: Kernel, product: Product, seconds: float, dtype: torch.dtype = torch.float16
+) -> list[tuple[float, Cutting]]:
     """Microseconds of each cut that was tried, the fastest first."""
     units = kernel.units[product]
-    weights, index = matrices(product, units), lists(units, product.kept)
-    inputs = product.width if kernel is KERNELS["rows"] else units
-    x = torch.randn(1, inputs, device=DEVICE, dtype=torch.float16)
+    weights, index = matrices(product, units, dtype), lists(units, product.kept)
+    x = torch.randn(1, kernel.inputs(product, units), device=DEVICE, dtype=dtype)
     run, found = caller(kernel, product, x, index, weights), []
     others = list(kernel.candidates(product))
     random.Random(0).shuffle(others)
     first = kernel.table.get(product)
     tried = list(dict.fromkeys([first, *others] if first else others))
-    if kernel is not KERNELS["triton-columns"]:
+    if not kernel.triton:
         compile_side_by_side(run, tried)
     end = time.monotonic() + seconds
     for at, tile in enumerate(tried):
@@ -172,7 +173,7 @@ def main() -> None:
     if args.job is not None:
         compile_share(args.job, args.jobs)
         return
-    if KERNELS["triton-columns"] in kernels:
+    if any(kernel.triton for kernel in kernels):
         again = [sys.executable, *sys.argv, "--jobs", str(args.jobs), "--job"]
         for process in [subprocess.Popen([*again, str(job)]) for job in range(args.jobs)]:
             process.wait()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from dipnet.store.checksum import record_checksums
 from dipnet.store.index import RECORDS_NAME
@@ -157,10 +160,36 @@ def test_cuts_of_columns_can_be_launched(gpu_cuts: Any) -> None:
 
 def test_cuts_of_rows_can_be_launched(gpu_cuts: Any) -> None:
     for product, tile in cuts(gpu_cuts.KERNELS["rows"]):
-        at_once = tile.units * tile.reads * product.matrices
+        at_once = tile.units * tile.reads * product.matrices  # what x takes may be read later
         assert tile.threads % max(32, tile.lanes) == 0
         assert tile.threads * tile.resident <= 2048
         assert 4 * at_once < 65536 // (tile.threads * tile.resident)
+
+
+def test_cuts_are_timed_on_whole_inputs(
+    gpu_cuts: Any, tool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rows x is as long as a unit, of columns it has a number for each."""
+    tuner, product = tool("tune_gpu_kernels"), gpu_cuts.Product(1, 16, 64, 8)
+    given: list[tuple[int, ...]] = []
+
+    def run(x: Tensor, index: Tensor, weights: Any, tile: Any) -> Tensor:
+        given.append((x.shape[1], int(index.max()), *weights[0].data.shape))
+        return x
+
+    monkeypatch.setattr(tuner, "DEVICE", "cpu")
+    monkeypatch.setattr(tuner, "in_turn", lambda make: [make()])
+    monkeypatch.setattr(tuner, "graph_us", lambda run, launches: bool(len(run(0))) * 1.0)
+    monkeypatch.setattr(
+        tuner, "lists", lambda units, kept: [torch.arange(units - kept, units)] * tuner.LISTS
+    )
+    for name, inputs in (("rows", 64), ("columns", 24)):
+        kernel = replace(
+            gpu_cuts.KERNELS[name], run=run, units={product: 24}, candidates=lambda _: ["a cut"]
+        )
+        assert tuner.tuned(kernel, product, 1) == [(1.0, "a cut")]
+        assert set(given) == {(inputs, 23, 24, 64)}
+        given.clear()
 
 
 def test_random_store(tool: Any, tmp_path: Path) -> None:

@@ -57,17 +57,24 @@ def test_every_cut_of_columns(
             check("columns_product", x, index, weight, bias=added[0], residual=added)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "x_dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),  # predictors
+        (torch.float32, torch.float32),
+    ],
+)
 @pytest.mark.parametrize("product", CUDA_ROWS)
 def test_every_cut_of_rows(
-    product: Product, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    product: Product, dtype: torch.dtype, x_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lists that end within a block, and units that end within a turn of its threads."""
     only(CUDA_ROWS, product, monkeypatch)
     units, numbers = 3001, {"device": DEVICE, "dtype": dtype}
     for width in (8, product.width + 8):
         weight, up = (torch.randn(units, width, **numbers) for _ in range(2))
-        x, bias = torch.randn(2, width, **numbers), torch.randn(units, **numbers)
+        x, bias = torch.randn(2, width, **numbers).to(x_dtype), torch.randn(units, **numbers)
         for k in (1, 1300, units):
             index = kept(2, units, k).to(DEVICE)
             if product.matrices == 2:

@@ -11,8 +11,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason="what launches the kernels knows Triton's, too")
 
 from dipnet.kernels.gpu import nvrtc, reference
-from dipnet.kernels.gpu.cuda_columns import cuda_columns
-from dipnet.kernels.gpu.cuda_rows import cuda_rows
+from dipnet.kernels.gpu.cuda_columns import cuda_columns, cuda_columns_serve
+from dipnet.kernels.gpu.cuda_rows import cuda_rows, cuda_rows_serve
 from dipnet.kernels.gpu.selection import AddNorm, select
 from dipnet.kernels.gpu.tiles import CudaColumns, CudaRows, Cut
 from dipnet.kernels.gpu.weights import Weight
@@ -78,6 +78,23 @@ def test_columns_of_any_size(kind: str, size: float) -> None:
     index, tile = kept(1, 40, 23), CudaColumns(8, 2, 64, 2)
     wanted = reference.columns_product(x, index, weight, None, None, None, False, 1)
     close(cuda_columns(x, index, (weight,), tile), wanted)
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_columns_of_one_sign(kind: str) -> None:
+    """A level is more than 0 until a sum's end: what it is more than its weight adds up."""
+    weight, x = packed(kind, 2048, 130), torch.randn(1, 2048).abs()
+    index, tile = kept(1, 2048, 2048), CudaColumns(8, 4, 64, 4)
+    wanted = reference.columns_product(x, index, weight, None, None, None, False, 1)
+    close(cuda_columns(x, index, (weight,), tile), wanted)
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("x", [float("inf"), 1e30])
+def test_columns_of_what_is_too_large(kind: str, x: float) -> None:
+    weight, index = packed(kind, 40, 130), kept(1, 40, 23)
+    made = cuda_columns(torch.full((1, 40), x), index, (weight,), CudaColumns(8, 2, 64, 2))
+    assert made.isnan().all()
 
 
 @pytest.mark.parametrize("compact", [False, True])
@@ -215,3 +232,27 @@ def test_norm_before_selection(cut: Cut, dtype: torch.dtype) -> None:
     assert torch.equal(summed, wanted[0])
     close(normed, wanted[1])
     assert torch.equal(index, reference.topk_indices(normed, 80, True, None))
+
+
+def test_what_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "serves", lambda device: True)
+    x, half = torch.zeros(1, 72), torch.zeros(1, 72).half()
+    whole, odd = Weight.of(torch.zeros(9, 72)), Weight.of(torch.zeros(9, 71))
+    apart = Weight.of(torch.zeros(9, 73)[:, :72])
+    shifted = Weight.of(torch.zeros(9 * 72 + 1)[1:].view(9, 72))
+    for weight, served in ((whole, True), (odd, False), (apart, False), (shifted, False)):
+        assert cuda_columns_serve(x, (weight,)) is served
+        assert cuda_rows_serve(x, (weight,)) is served
+    assert not cuda_rows_serve(x, (packed("int8", 9, 128),))
+    assert not cuda_rows_serve(x, (packed("bf16", 9, 70),))  # x ends within a read
+    assert cuda_columns_serve(x, (packed("bf16", 9, 70),), x, None)
+    assert not cuda_columns_serve(x, (whole,), half)
+    assert cuda_rows_serve(x, (whole,), half, None)
+    assert not cuda_rows_serve(x, (whole,), half, x)
+
+
+def test_rows_of_x_that_is_not_aligned() -> None:
+    x, (weight,) = torch.randn(1, 41)[:, 1:], weights("float", 30, 40, FLOAT, 1)
+    index, tile = kept(1, 30, 9), CudaRows(8, 64, 1, 1)
+    found = cuda_rows(x, index, (weight,), tile, FLOAT)
+    assert torch.equal(found, cuda_rows(x.clone(), index, (weight,), tile, FLOAT))

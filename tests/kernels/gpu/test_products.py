@@ -157,7 +157,7 @@ def test_numbers_of_different_dtypes() -> None:
 @pytest.mark.parametrize("batch", [None, 2])
 def test_float32_and_halves(batch: int | None, other: torch.dtype) -> None:
     """To float32's digits: what predictors score decides which units are kept."""
-    x, weight = torch.randn(2, 150), torch.randn(40, 150).to(other)
+    x, weight = torch.randn(2, 152), torch.randn(40, 152).to(other)
     check("rows_product", x, kept(batch, 40, 33), weight, bias=torch.randn(40))
     check("columns_product", torch.randn(2, 40), kept(batch, 40, 33), weight)
     check("columns_product", torch.randn(2, 40).to(other), kept(batch, 40, 33), weight.float())
@@ -169,8 +169,8 @@ def test_float32_and_halves(batch: int | None, other: torch.dtype) -> None:
 @pytest.mark.parametrize("batch", [None, 1])
 def test_products_in_float32(batch: int | None, kind: str, dtype: torch.dtype) -> None:
     """As if x had been float32, to the last bit."""
-    x = torch.randn(2 if batch is None else 1, 150).to(DEVICE, dtype)
-    weight = moved(packed(kind, 40, 150) if kind == "int8" else torch.randn(40, 150))
+    x = torch.randn(2 if batch is None else 1, 152).to(DEVICE, dtype)
+    weight = moved(packed(kind, 40, 152) if kind == "int8" else torch.randn(40, 152))
     weight = weight.half() if kind == "float16" else weight
     named = {"bias": torch.randn(40, device=DEVICE), "activation": "relu"}
     for k, backend in itertools.product((0, 1, 33), ("gpu", "reference")):

@@ -38,7 +38,9 @@ typedef Stored<X>::Number Number;
 
 // An integer's level stays where it is in its word: the 24 lower bits of a float are a multiple of
 // 2^-149, without a conversion and at full speed. What is multiplied is 2^64 too large, or products
-// would be too small; and every level is OFFSET too high.
+// would be too small: from 1.8e19 on x times a weight's step gives NaN. Every level is OFFSET too
+// high, which is taken off a thread's sum at its end: where x has one sign, that sum is larger than
+// what is left, and 64 units a thread end with a relative error of 3e-6 (int8) instead of 4e-7.
 #define SHIFT(piece) ((piece) * BITS <= 24 - BITS ? (piece) * BITS : (piece) * BITS - 8)
 #define OFFSET (1 << (BITS - 1))
 #define RAISED 18446744073709551616.0f  // 2^64

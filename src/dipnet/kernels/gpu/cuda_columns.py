@@ -17,15 +17,16 @@ from dipnet.kernels.reference import TILE
 
 SOURCE, KERNEL = "columns.cu", "multiply_columns"
 INTEGERS = ("int8", "int4")
-WORD = 4
-"""Bytes; up to four are read at once."""
+WORD, READ = 4, 16
+"""Bytes of a word, and of as many as are read at once."""
 
 
 def cuda_columns_serve(x: Tensor, weights: tuple[Weight, ...], *added: Tensor | None) -> bool:
     """Whether the kernel takes these weights, and what is ``added`` in the numbers of ``x``."""
     if any(tensor is not None and tensor.dtype != x.dtype for tensor in added):
         return False
-    return nvrtc.serves(x.device) and all(weight.in_whole_reads() for weight in weights)
+    whole = all(weight.lies_aligned() and _bytes(weight) % READ == 0 for weight in weights)
+    return whole and nvrtc.serves(x.device)
 
 
 def cuda_columns(

@@ -22,11 +22,11 @@ READ = 16
 def cuda_rows_serve(x: Tensor, weights: tuple[Weight, ...], *added: Tensor | None) -> bool:
     """Whether the kernel takes these weights with rows of ``x``, and what is ``added``."""
     kinds = {tensor.dtype for tensor in added if tensor is not None}
-    if len(kinds) > 1 or x.data_ptr() % READ or not nvrtc.serves(x.device):
+    if len(kinds) > 1 or not nvrtc.serves(x.device):
         return False
     return all(
         weight.scales is None
-        and weight.in_whole_reads()
+        and weight.lies_aligned()
         and weight.width * weight.bits // 8 % READ == 0
         for weight in weights
     )
@@ -48,7 +48,7 @@ def cuda_rows(
     """One matrix, or gate and up: (batch, width) -> (batch, k * block) of ``dtype``."""
     kept = index.shape[-1] * block
     weight, up = weights[0].numbers, weights[-1].numbers
-    x, out = x.contiguous(), x.new_empty(len(x), kept, dtype=dtype)
+    x, out = _aligned(x), x.new_empty(len(x), kept, dtype=dtype)
     added = next((each.dtype for each in (bias, factor) if each is not None), x.dtype)
     macros = {
         "KIND": FLOATS.index(weight.dtype),
@@ -73,3 +73,9 @@ def cuda_rows(
     places = tile.threads // tile.lanes * tile.units
     nvrtc.launch(kernel, (-(-kept // places), len(x)), tile.threads, given)
     return out
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Contiguous, at a multiple of READ: another kernel would add up in another order."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % READ else x

@@ -30,10 +30,10 @@ __device__ float read_number(const typename Stored<CODE>::Number* at, bool valid
 // The `at`-th number of some words.
 template <u32 CODE>
 __device__ float number_in(const u32* words, u32 at) {
-    if constexpr (CODE == 2) return __uint_as_float(words[at]);
-    const u32 word = words[at / 2];
-    if constexpr (CODE == 1) return __uint_as_float(at % 2 ? word & 0xffff0000u : word << 16);
-    return of_half(at % 2 ? word >> 16 : word & 0xffffu);
+    const u32 word = words[CODE == 2 ? at : at / 2];
+    if constexpr (CODE == 2) return __uint_as_float(word);
+    else if constexpr (CODE == 1) return __uint_as_float(at % 2 ? word & 0xffff0000u : word << 16);
+    else return of_half(at % 2 ? word >> 16 : word & 0xffffu);
 }
 
 // FUNCTION: 0 none, 1 relu, 2 silu, 3 gelu, 4 gelu_tanh. NaN stays NaN.

@@ -67,7 +67,9 @@ multiply_rows(const Number* x, const int* index, const int* count, const unsigne
     }
 
     float totals[MATRICES][UNITS] = {};
-    for (int begin = threadIdx.x % LANES * WEIGHTS; begin < width; begin += LANES * WEIGHTS * READS) {
+    const int own_width = first < end ? width : 0;  // blocks behind the valid places read nothing
+    for (int begin = threadIdx.x % LANES * WEIGHTS; begin < own_width;
+         begin += LANES * WEIGHTS * READS) {
         u32 words[READS][MATRICES][UNITS][4], x_words[READS][X_WORDS];
 #pragma unroll
         for (u32 read = 0; read < READS; read++) {  // all on their way before one is needed

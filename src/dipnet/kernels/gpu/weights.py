@@ -49,12 +49,10 @@ class Weight(NamedTuple):
         """The (units, width or more) floating numbers of a weight that is no integers."""
         return self.data if self.kind == "float" else self.data.view(torch.bfloat16)
 
-    def in_whole_reads(self) -> bool:
-        """Whether every unit is whole reads of 16 bytes: what the kernels in CUDA C++ take."""
-        data, size = self.data, self.data.element_size()
-        if self.kind == "float" and self.width * size % 16:
-            return False
-        return data.data_ptr() % 16 == 0 and data.stride(0) * size % 16 == 0
+    def lies_aligned(self) -> bool:
+        """Whether every unit begins at a multiple of 16 bytes."""
+        data = self.data
+        return data.data_ptr() % 16 == 0 and data.stride(0) * data.element_size() % 16 == 0
 
     def check(self) -> None:
         """Raise InputError when the tensors are not what the kind says."""
