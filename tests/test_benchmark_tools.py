@@ -192,6 +192,39 @@ def test_cuts_are_timed_on_whole_inputs(
         given.clear()
 
 
+def gpu_figures(gpu: Any, speedup: float) -> dict[str, dict[str, Any]]:
+    """As the benchmarks print them, every product so many times as fast as cuBLAS."""
+    names = [
+        f"{name}, {inputs} to {outputs}, {density}"
+        for name in ("columns", "rows")
+        for inputs, outputs in gpu.TEAL
+        for density in gpu.DENSITIES
+    ]
+    rows = [{"what": name, "speedup": speedup} for name in (*names, gpu.MLP)]
+    rows += [{"what": f"top-k indices, n = {n}", "speedup": 9, "us": n / 9000} for n in (9, 27000)]
+    plain = {"batch": 1, "weights": "bf16"}
+    times = {"dense": 4.0, "sparse": 2.0, "hf-eager": 40.0, "hf-compiled": 8.0}
+    decoded = [{"how": how, "median_seconds": time} | plain for how, time in times.items()]
+    decoded.append({"how": "sparse", "median_seconds": 1.0} | plain | {"weights": "int4"})
+    models = {model: {"rows": decoded} for model in (gpu.LLAMA, gpu.OPT)}
+    return {"kernels": {"rows": rows}, "quality": {"largest_difference": 5e-4}, **models}
+
+
+def test_what_is_wanted_of_a_gpu(tool: Any) -> None:
+    gpu = tool("gpu")
+    figures = gpu_figures(gpu, 9.0)
+    assert all(row["met"] for row in gpu.summary(figures))
+    measured = {row["what"]: row["measured"] for row in gpu.summary(figures)}
+    assert measured["exact top-k, slowest, us"] == 3
+    assert measured["Llama-3-8B, DIP, x HF eager"] == 20
+    assert measured["perplexity, largest difference, %"] == pytest.approx(0.05)
+    figures["kernels"]["rows"][0]["speedup"] = 1.6  # one product at one density
+    unmet = [row["what"] for row in gpu.summary(figures) if not row["met"]]
+    assert unmet == ["products of small shapes, 50%, x cuBLAS"]
+    figures["quality"]["largest_difference"] = 2e-3
+    assert sum(not row["met"] for row in gpu.summary(figures)) == 2
+
+
 def test_random_store(tool: Any, tmp_path: Path) -> None:
     make_store, shapes = tool("make_store"), tool("shapes")
     sizes = shapes.Shapes(**TINY, vocabulary=288, context=64)
