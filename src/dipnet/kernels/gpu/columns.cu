@@ -45,6 +45,7 @@ typedef Stored<X>::Number Number;
 #define OFFSET (1 << (BITS - 1))
 #define RAISED 18446744073709551616.0f  // 2^64
 
+#if INTEGERS
 __device__ float level(u32 word, u32 piece) {
     const u32 moved = piece * BITS <= 24 - BITS ? word : word >> 8;
     return __uint_as_float(moved & ((1u << BITS) - 1) << SHIFT(piece));
@@ -55,6 +56,7 @@ __device__ float unraised(float total, float surplus, u32 piece) {
     const float unit = 38685626227668133590597632.0f;  // 2^85: 2^149 over RAISED
     return total * (unit / (1 << SHIFT(piece))) - surplus * (OFFSET / RAISED);
 }
+#endif
 
 // Add `value` times the weights of some words; `steps` are the multipliers of integers.
 __device__ void add(float* totals, float* surplus, const u32* words, u32 steps, float value) {
