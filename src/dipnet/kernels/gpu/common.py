@@ -1,4 +1,4 @@
-"""What the kernels share: launching, lists, and what is done to a sum; Triton's helpers among it."""
+"""What the kernels share: launching, lists, what is done to a sum; Triton's helpers among it."""
 
 from __future__ import annotations
 
