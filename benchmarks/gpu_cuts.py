@@ -26,7 +26,7 @@ from dipnet.kernels.gpu.tiles import (
 )
 from dipnet.kernels.gpu.weights import Weight
 
-RESIDENT = {1: (2048,), 2: (1536, 1024), 4: (1280, 1024), 8: (1024, 768)}
+RESIDENT = {2: (1536, 1024), 4: (1280, 1024), 8: (1024, 768)}
 """Threads on a multiprocessor, where each reads so many runs of 16 bytes at a time: with more of
 them fewer registers are left to each, and some of its reads wait for others."""
 MOST_SHARED = 32768
@@ -152,7 +152,7 @@ def of_rows(product: Product) -> Iterator[CudaRows]:
         at_once = units * reads * product.matrices
         blocks = -(-product.kept // max(1, threads // lanes * units))
         fits = lanes <= threads and lanes * reads < 2 * runs and at_once in RESIDENT
-        if fits and blocks >= multiprocessors() / 2 and at_once > 1:
+        if fits and blocks >= multiprocessors() / 2:
             for resident in {most // threads for most in RESIDENT[at_once]}:
                 yield CudaRows(lanes, threads, units, reads, resident)
 

@@ -11,13 +11,20 @@ in the same run. Prints a table and ends with one JSON line.
 import json
 
 import torch
-from gpu_timing import DEVICE, LISTS, graph_us, in_turn, lists, need_gpu, read_bandwidth
+from gpu_timing import (
+    DEVICE,
+    LISTS,
+    graph_us,
+    in_turn,
+    lists,
+    need_gpu,
+    read_bandwidth,
+    stored_in_turn,
+)
 from torch import Tensor
 from torch.nn import functional
 
 from dipnet.kernels import gpu
-from dipnet.kernels.gpu import Weight
-from dipnet.kernels.reference import row_bytes
 
 HALF = torch.float16
 SHAPES = [(4096, 14336), (14336, 4096), (12288, 49152), (49152, 12288)]
@@ -78,10 +85,7 @@ def integers(
 ) -> list[dict[str, float | str]]:
     """Half of the columns of a store's integers, against a dense linear layer in float16."""
     dense_weights, x = in_turn(lambda: random(outputs, inputs)), random(1, inputs)
-    size, scales = row_bytes(kind, outputs), torch.rand(inputs, device=DEVICE)
-    stored = in_turn(lambda: torch.randint(255, (inputs, size), device=DEVICE, dtype=torch.uint8))
-    weights = [Weight(data, scales, kind, outputs) for data in stored]
-    index = lists(inputs, inputs // 2)
+    weights, index = stored_in_turn(kind, inputs, outputs), lists(inputs, inputs // 2)
     launches = max(4, len(dense_weights))
     dense = graph_us(
         lambda i: functional.linear(x, dense_weights[i % len(dense_weights)]), launches
@@ -90,7 +94,7 @@ def integers(
     def run(i: int) -> Tensor:
         return gpu.columns_product(x, index[i % LISTS], weights[i % len(weights)])
 
-    limit = inputs // 2 * size / bandwidth * 1e6
+    limit = weights[0].data.nbytes / 2 / bandwidth * 1e6
     us = graph_us(run, max(4, len(weights)))
     return [row(f"{kind} columns, {inputs} to {outputs}, 50%", us, dense, limit)]
 

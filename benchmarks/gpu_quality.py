@@ -113,7 +113,7 @@ def by_loop(model: Any, window: Tensor, before: Keys | None) -> Tensor:
     for position, token in enumerate(window[:-1, None]):
         if before is not None:
             replay.prompt_ended(position)
-            put(cache, before, slice(0 if position == 0 else position - 1, position))
+            put(cache, before, slice(max(position - 1, 0), position))
         made.append(replay.run(token).clone())
     return losses(torch.cat(made), window)
 

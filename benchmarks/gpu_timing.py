@@ -6,6 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dipnet.kernels.gpu.weights import Weight
+from dipnet.kernels.reference import row_bytes
+
 DEVICE = torch.device("cuda")
 READ_IN_TURN = 1.1e9
 """Bytes of weights that are read before the first are read again: far more than a cache holds."""
@@ -51,6 +54,13 @@ def in_turn(make: Callable[[], Tensor]) -> list[Tensor]:
     """As many random matrices of one kind as READ_IN_TURN holds."""
     first = make()
     return [first, *(make() for _ in range(int(READ_IN_TURN / first.nbytes)))]
+
+
+def stored_in_turn(kind: str, units: int, width: int) -> list[Weight]:
+    """As `in_turn`: random integers of a kind, as a store has them."""
+    size, scales = row_bytes(kind, width), torch.rand(units, device=DEVICE)
+    made = in_turn(lambda: torch.randint(255, (units, size), device=DEVICE, dtype=torch.uint8))
+    return [Weight(data, scales, kind, width) for data in made]
 
 
 def lists(units: int, kept: int) -> list[Tensor]:

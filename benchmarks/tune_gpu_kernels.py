@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from gpu_cuts import KERNELS, Cutting, Kernel
-from gpu_timing import DEVICE, LISTS, graph_us, in_turn, lists, need_gpu
+from gpu_timing import DEVICE, LISTS, graph_us, in_turn, lists, need_gpu, stored_in_turn
 from timing import json_line
 from torch import Tensor
 
@@ -45,10 +45,7 @@ def matrices(product: Product, units: int, dtype: torch.dtype) -> list[Weight]:
         shape = units, product.width
         made = in_turn(lambda: torch.empty(shape, device=DEVICE, dtype=dtype).normal_())
         return [Weight.of(data) for data in made]
-    kind, scales = f"int{product.bits}", torch.rand(units, device=DEVICE)
-    size = units, row_bytes(kind, product.width)
-    made = in_turn(lambda: torch.randint(255, size, device=DEVICE, dtype=torch.uint8))
-    return [Weight(data, scales, kind, product.width) for data in made]
+    return stored_in_turn(f"int{product.bits}", units, product.width)
 
 
 def caller(

@@ -22,6 +22,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 each_dtype = pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 each_packed = pytest.mark.parametrize("kind", PACKED)
+each_end = pytest.mark.parametrize("width", [150, 152])
+"""Units that end within a read of 16 bytes (Triton), and with one (CUDA C++)."""
 
 
 def kept(batch: int | None, n: int, k: int) -> Tensor:
@@ -153,24 +155,26 @@ def test_numbers_of_different_dtypes() -> None:
 
 
 @needs_kernels
+@each_end
 @pytest.mark.parametrize("other", HALVES)
 @pytest.mark.parametrize("batch", [None, 2])
-def test_float32_and_halves(batch: int | None, other: torch.dtype) -> None:
+def test_float32_and_halves(batch: int | None, other: torch.dtype, width: int) -> None:
     """To float32's digits: what predictors score decides which units are kept."""
-    x, weight = torch.randn(2, 152), torch.randn(40, 152).to(other)
+    x, weight = torch.randn(2, width), torch.randn(40, width).to(other)
     check("rows_product", x, kept(batch, 40, 33), weight, bias=torch.randn(40))
     check("columns_product", torch.randn(2, 40), kept(batch, 40, 33), weight)
     check("columns_product", torch.randn(2, 40).to(other), kept(batch, 40, 33), weight.float())
 
 
 @needs_kernels
+@each_end
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("kind", ["float16", "float32", "int8"])
 @pytest.mark.parametrize("batch", [None, 1])
-def test_products_in_float32(batch: int | None, kind: str, dtype: torch.dtype) -> None:
+def test_products_in_float32(batch: int | None, kind: str, dtype: torch.dtype, width: int) -> None:
     """As if x had been float32, to the last bit."""
-    x = torch.randn(2 if batch is None else 1, 152).to(DEVICE, dtype)
-    weight = moved(packed(kind, 40, 152) if kind == "int8" else torch.randn(40, 152))
+    x = torch.randn(2 if batch is None else 1, width).to(DEVICE, dtype)
+    weight = moved(packed(kind, 40, width) if kind == "int8" else torch.randn(40, width))
     weight = weight.half() if kind == "float16" else weight
     named = {"bias": torch.randn(40, device=DEVICE), "activation": "relu"}
     for k, backend in itertools.product((0, 1, 33), ("gpu", "reference")):

@@ -40,7 +40,7 @@ typedef Stored<X>::Number Number;
 // 2^-149, without a conversion and at full speed. What is multiplied is 2^64 too large, or products
 // would be too small: from 1.8e19 on x times a weight's step gives NaN. Every level is OFFSET too
 // high, which is taken off a thread's sum at its end: where x has one sign, that sum is larger than
-// what is left, and 64 units a thread end with a relative error of 3e-6 (int8) instead of 4e-7.
+// what is left, and digits are lost, the more the more units a thread adds up.
 #define SHIFT(piece) ((piece) * BITS <= 24 - BITS ? (piece) * BITS : (piece) * BITS - 8)
 #define OFFSET (1 << (BITS - 1))
 #define RAISED 18446744073709551616.0f  // 2^64

@@ -12,13 +12,13 @@ from dipnet.kernels.gpu import nvrtc
 from dipnet.kernels.gpu.common import list_stride
 from dipnet.kernels.gpu.reference import ACTIVATIONS
 from dipnet.kernels.gpu.tiles import CudaColumns
-from dipnet.kernels.gpu.weights import FLOATS, Weight
+from dipnet.kernels.gpu.weights import FLOATS, READ, Weight
 from dipnet.kernels.reference import TILE
 
 SOURCE, KERNEL = "columns.cu", "multiply_columns"
 INTEGERS = ("int8", "int4")
-WORD, READ = 4, 16
-"""Bytes of a word, and of as many as are read at once."""
+WORD = 4
+"""Bytes; up to four are read at once."""
 
 
 def cuda_columns_serve(x: Tensor, weights: tuple[Weight, ...], *added: Tensor | None) -> bool:

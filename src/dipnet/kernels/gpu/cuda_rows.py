@@ -12,11 +12,9 @@ from dipnet.kernels.gpu import nvrtc
 from dipnet.kernels.gpu.common import list_stride
 from dipnet.kernels.gpu.reference import ACTIVATIONS
 from dipnet.kernels.gpu.tiles import CudaRows
-from dipnet.kernels.gpu.weights import FLOATS, Weight
+from dipnet.kernels.gpu.weights import FLOATS, READ, Weight
 
 SOURCE, KERNEL = "rows.cu", "multiply_rows"
-READ = 16
-"""Bytes of a unit that a thread reads at once."""
 
 
 def cuda_rows_serve(x: Tensor, weights: tuple[Weight, ...], *added: Tensor | None) -> bool:

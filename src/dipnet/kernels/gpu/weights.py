@@ -13,6 +13,8 @@ from dipnet.kernels import reference
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 KINDS = ("float", "int4", "int8", "bf16")
 """Plain floating numbers, or bytes as docs/store-format.md lays out a column."""
+READ = 16
+"""Bytes of a unit that a thread reads at once, in CUDA C++."""
 
 
 class Weight(NamedTuple):
@@ -50,9 +52,9 @@ class Weight(NamedTuple):
         return self.data if self.kind == "float" else self.data.view(torch.bfloat16)
 
     def lies_aligned(self) -> bool:
-        """Whether every unit begins at a multiple of 16 bytes."""
+        """Whether every unit begins at a multiple of READ."""
         data = self.data
-        return data.data_ptr() % 16 == 0 and data.stride(0) * data.element_size() % 16 == 0
+        return data.data_ptr() % READ == 0 and data.stride(0) * data.element_size() % READ == 0
 
     def check(self) -> None:
         """Raise InputError when the tensors are not what the kind says."""
